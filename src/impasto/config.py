@@ -1,0 +1,162 @@
+"""Settings of the service: the only reader of the environment and of ``impasto.toml``.
+
+Knows names, types, defaults and where a value may come from. Knows nothing of what is done with it.
+A value is taken from, first found wins: the command line, ``IMPASTO_…`` variables, the TOML file, the default.
+A wrong value or an unknown name stops start-up with the setting's name in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from impasto.errors import ConfigError
+from impasto.types import LIMITS
+
+PREFIX = "IMPASTO_"
+CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
+DEFAULT_CONFIG = Path("impasto.toml")
+GENERATE_TABLE = "generate"  # TOML table of ``impasto generate``; the service's settings stand at the top level
+FAKE_STEP_VARIABLE = "IMPASTO_FAKE_STEP_SECONDS"  # read by the test pattern backend
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Layered(BaseSettings):
+    """Values from the command line, then the environment, then a TOML table, then the defaults."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    toml: ClassVar[Mapping[str, Any]] = {}
+
+    model: str = Field("builtin", description="'builtin', a diffusers folder, or 'fake' (test pattern, no torch).")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    dtype: Dtype = Field("auto", description="Number format; auto is float32 on a CPU and float16 on a GPU.")
+    max_batch: int = Field(4, ge=1, le=64, description="Images that share one network call.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, then environment, then the TOML table."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=dict(cls.toml))
+
+    @classmethod
+    def load(cls, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read the settings; ``overrides`` are command-line values, where ``None`` means not given.
+
+        Raises:
+            ConfigError: A value is wrong or a name is unknown; the message has a part for each.
+        """
+        _check_variables()
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        layered = type(cls.__name__, (cls,), {"toml": cls.table(_read_toml(config)), "__module__": cls.__module__})
+        try:
+            return layered(**given)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ConfigError("settings: " + "; ".join(lines)) from None
+
+    @classmethod
+    def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of the TOML document that these settings are read from."""
+        raise NotImplementedError
+
+
+class Settings(_Layered):
+    """Everything an operator can set for ``impasto serve`` and ``impasto worker``."""
+
+    data_dir: Path = Field(
+        Path("impasto-data"), description="Folder for the database, pictures and LoRAs; made if it is not there."
+    )
+    database_url: str | None = Field(None, description="SQLAlchemy URL of the job store. Unset: SQLite in data_dir.")
+    host: str = Field("127.0.0.1", description="Address the API listens on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API listens on; 0 takes a free one.")
+    public_url: str | None = Field(
+        None, pattern=r"^https?://", description="Base of the URLs in answers. Unset: the host the client called."
+    )
+    max_body_bytes: int = Field(32 * 2**20, gt=0, description="Largest request body taken, in bytes.")
+    max_queued: int = Field(1000, gt=0, description="Jobs one key may have waiting; beyond it submits get 429.")
+    sync_timeout: float = Field(90, gt=0, description="Seconds a synchronous request is held before it turns async.")
+    lease_seconds: float = Field(30, gt=0, description="A worker silent for this long loses its jobs to another.")
+    max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+
+    @property
+    def database(self) -> str:
+        """URL of the job store, with the default filled in."""
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'impasto.db'}"
+
+    @property
+    def output_root(self) -> str:
+        """Where pictures are kept: a folder, as a path."""
+        return str(self.data_dir.resolve() / "outputs")
+
+    @property
+    def lora_dir(self) -> Path:
+        """Folder whose ``.safetensors`` files requests may name."""
+        return self.data_dir / "loras"
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the settings as ``IMPASTO_…`` variables, so that a child process reads the same values."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        values["data_dir"] = str(self.data_dir.resolve())
+        return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+
+    @classmethod
+    def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The top level, without the table of ``impasto generate``."""
+        return {name: value for name, value in document.items() if name != GENERATE_TABLE}
+
+
+class GenerateSettings(_Layered):
+    """Defaults of ``impasto generate``, so that they can stand in the environment or in ``[generate]``."""
+
+    size: str | None = Field(None, description="W*H in pixels. Unset: what the model draws best.")
+    steps: int = Field(int(LIMITS.num_inference_steps.default), description="Denoising steps.")
+    guidance: float = Field(LIMITS.guidance_scale.default, description="Pull of the prompt; 0 and 1: off.")
+    seed: int = Field(int(LIMITS.seed.default), description="Same seed, same picture; -1 draws one.")
+    count: int = Field(int(LIMITS.num_images.default), description="Pictures to make, with seeds seed, seed+1, …")
+    lora: list[str] = Field([], description="PATH or PATH:SCALE, up to five times.")
+
+    @classmethod
+    def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
+        """``[generate]``, and the model settings of the top level."""
+        shared = {name: document[name] for name in _Layered.model_fields if name in document}
+        return {**shared, **document.get(GENERATE_TABLE, {})}
+
+
+def _check_variables() -> None:
+    """Refuse ``IMPASTO_…`` variables that no setting reads: a misspelt one would be lost in silence."""
+    fields = Settings.model_fields | GenerateSettings.model_fields
+    known = {PREFIX + name.upper() for name in fields} | {CONFIG_VARIABLE, FAKE_STEP_VARIABLE}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"settings: {name} in the environment is not a setting{hint}")
+
+
+def _read_toml(config: Path | None) -> dict[str, Any]:
+    """Read the TOML file: given, named by the environment, or ``impasto.toml`` here. A named one must exist."""
+    named = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    path = named or DEFAULT_CONFIG
+    if named is None and not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"settings: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"settings: {path} is not TOML: {error}") from None

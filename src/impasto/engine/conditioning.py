@@ -1,0 +1,92 @@
+"""What the network is told beside the latents: prompt embeddings, pooled embedding, size ids; and their cache.
+
+Knows prompts and the model's encode function. Knows no latents, noise levels or requests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CACHE_ENTRIES = 256  # an SDXL entry is 77 x 2048 + 1280 numbers: 0.6 MB in float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """One prompt as the two text encoders see it.
+
+    Attributes:
+        tokens: Penultimate hidden states of both encoders side by side, ``[T, D]``.
+        pooled: Projected pooled state of the second encoder, ``[P]``.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def zeros(self) -> Embedding:
+        """The embedding SDXL was trained to read as "no prompt at all"."""
+        return Embedding(torch.zeros_like(self.tokens), torch.zeros_like(self.pooled))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """Everything that steers one image; ``negative`` is ``None`` when guidance is off."""
+
+    positive: Embedding
+    negative: Embedding | None
+    time_ids: Tensor  # [6]
+
+
+def size_ids(width: int, height: int) -> Tensor:
+    """Return SDXL's micro-conditioning ``[6]``: original size, crop corner, target size, heights before widths.
+
+    Source: Podell et al. 2023 (arXiv:2307.01952), sections 2.2 and 2.3.
+    """
+    return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+
+
+class PromptCache:
+    """Remembers embeddings by prompt and LoRA set, least recently used out first."""
+
+    def __init__(self, encode: Callable[[str], Embedding], entries: int = CACHE_ENTRIES) -> None:
+        self._encode = encode
+        self._entries = entries
+        self._known: OrderedDict[tuple[str, Hashable], Embedding] = OrderedDict()
+
+    def embed(self, prompt: str, weights: Hashable) -> Embedding:
+        """Return the embedding of ``prompt`` under the text-encoder weights that ``weights`` names."""
+        key = (prompt, weights)
+        if key not in self._known:
+            self._known[key] = self._encode(prompt)
+            while len(self._known) > self._entries:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+
+def condition(
+    cache: PromptCache,
+    prompt: str,
+    negative_prompt: str | None,
+    *,
+    guidance: bool,
+    zero_absent_negative: bool,
+    width: int,
+    height: int,
+    weights: Hashable,
+) -> Conditioning:
+    """Build the conditioning of a request.
+
+    An absent negative prompt is zeros where the model says so (``force_zeros_for_empty_prompt``); an empty one is
+    the embedding of the empty text. They give different pictures.
+    """
+    positive = cache.embed(prompt, weights)
+    negative: Embedding | None = None
+    if guidance:
+        absent = negative_prompt is None and zero_absent_negative
+        negative = positive.zeros() if absent else cache.embed(negative_prompt or "", weights)
+    return Conditioning(positive, negative, size_ids(width, height))

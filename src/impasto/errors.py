@@ -1,0 +1,96 @@
+"""Every error a user can meet, with its HTTP status and a message that is safe to show.
+
+::
+
+    ImpastoError                500
+    ├── InvalidInput            400  a request field has a wrong value; ``field`` is its path
+    ├── Unauthorized            401  no key, or one we do not know
+    ├── NotFound                404  no such thing, or not yours
+    ├── PayloadTooLarge         413  the body is over the limit
+    ├── TooManyRequests         429  over a limit of this key (``retry_after`` seconds)
+    ├── Unavailable             503  try again later (``retry_after`` seconds)
+    ├── ModelError              500  a checkpoint cannot be loaded
+    ├── LoraError               400  a LoRA cannot be found, read or applied; ``field`` names it
+    ├── ConfigError             500  a setting is wrong; start-up stops
+    └── IllegalMove             500  a job was asked to go where its state does not lead
+
+Knows nothing of HTTP libraries: ``api/errors.py`` turns these into responses.
+"""
+
+from __future__ import annotations
+
+
+class ImpastoError(Exception):
+    """Base of all our errors. ``str(error)`` is one sentence for the user: no secrets, paths or traces."""
+
+    status = 500
+    field: str | None = None  # dotted path of the request field at fault, such as ``loras.0.scale``
+
+
+class FieldError(ImpastoError):
+    """An error that points at one field of the request."""
+
+    status = 400
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class InvalidInput(FieldError):
+    """A field has a wrong type or value; the message says what would be right."""
+
+
+class LoraError(FieldError):
+    """A LoRA could not be found, read or applied."""
+
+
+class Unauthorized(ImpastoError):
+    """No API key was sent, or not one of ours."""
+
+    status = 401
+
+
+class NotFound(ImpastoError):
+    """There is no such thing, or it belongs to another key: both look the same from outside."""
+
+    status = 404
+
+
+class PayloadTooLarge(ImpastoError):
+    """The request body is over the limit."""
+
+    status = 413
+
+
+class RetryLater(ImpastoError):
+    """The same request may succeed after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooManyRequests(RetryLater):
+    """This key is over one of its limits; others are not affected."""
+
+    status = 429
+
+
+class Unavailable(RetryLater):
+    """The service cannot take this now."""
+
+    status = 503
+
+
+class ModelError(ImpastoError):
+    """A model folder or file cannot be loaded; the message says what it is and what is missing."""
+
+
+class ConfigError(ImpastoError):
+    """A setting is wrong; nothing starts until it is mended."""
+
+
+class IllegalMove(ImpastoError):
+    """A job was asked to go to a state that its present state does not lead to."""

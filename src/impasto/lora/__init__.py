@@ -1,0 +1,1 @@
+"""LoRA files: names and tensors to patches, patches onto weights, exactly and reversibly. Knows no requests."""

@@ -1,0 +1,1 @@
+"""Where models come from and what their networks are. Knows no requests, samplers or LoRAs."""

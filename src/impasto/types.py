@@ -1,0 +1,177 @@
+"""The words every room uses: requests, LoRA references, events, and the limits, each stated once.
+
+Knows the standard library alone. Knows nothing of tensors, HTTP, SQL or files, so anything may import it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from impasto.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+OUTPUT_FORMATS: Final[tuple[OutputFormat, ...]] = ("png", "jpeg", "webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """An inclusive range with the default used when a field is absent."""
+
+    low: float
+    high: float
+    default: float
+
+    def check(self, field_path: str, value: float) -> None:
+        """Raise ``InvalidInput`` naming ``field_path`` unless ``low <= value <= high`` (NaN fails too)."""
+        if not self.low <= value <= self.high:
+            raise InvalidInput(field_path, f"must be between {self.low:g} and {self.high:g}, got {value:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Ranges of a generation request; validation, OpenAPI, the CLI and the docs are all made from these."""
+
+    side: Bounds = Bounds(512, 1536, 1024)  # pixels
+    side_multiple: int = 8  # pixels per latent cell
+    num_inference_steps: Bounds = Bounds(1, 50, 30)
+    guidance_scale: Bounds = Bounds(0, 10, 5)
+    num_images: Bounds = Bounds(1, 4, 1)
+    seed: Bounds = Bounds(-1, 9_999_999_999, -1)  # -1 draws one
+    strength: Bounds = Bounds(0.01, 1, 0.8)
+    lora_scale: Bounds = Bounds(0, 4, 1)
+    max_loras: int = 5
+    max_prompt_chars: int = 20_000
+
+
+LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRef:
+    """A LoRA as the user named it, and how strongly to apply it."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request for one or more pictures; the values are checked on construction.
+
+    ``negative_prompt=None`` is not the same as ``""``: absent means zeros where the model says so (SDXL does).
+    Image ``i`` uses ``seed + i``, so each picture can be made again on its own.
+
+    Raises:
+        InvalidInput: A value is out of range; ``field`` says which.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int = int(LIMITS.side.default)  # pixels
+    height: int = int(LIMITS.side.default)  # pixels
+    num_inference_steps: int = int(LIMITS.num_inference_steps.default)
+    guidance_scale: float = LIMITS.guidance_scale.default
+    num_images: int = int(LIMITS.num_images.default)
+    seed: int = int(LIMITS.seed.default)
+    loras: tuple[LoraRef, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_prompt("prompt", self.prompt)
+        if not self.prompt.strip():
+            raise InvalidInput("prompt", "must not be empty; describe the picture you want")
+        if self.negative_prompt is not None:
+            check_prompt("negative_prompt", self.negative_prompt)
+        for side, value in (("width", self.width), ("height", self.height)):
+            check_side(side, value)
+        for name in ("num_inference_steps", "guidance_scale", "num_images", "seed"):
+            bounds: Bounds = getattr(LIMITS, name)
+            bounds.check(name, getattr(self, name))
+        if len(self.loras) > LIMITS.max_loras:
+            raise InvalidInput("loras", f"takes at most {LIMITS.max_loras} items, got {len(self.loras)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; ``from_json`` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GenerationRequest:
+        """Rebuild a request from ``to_json``'s form; unknown keys are ignored."""
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        known["loras"] = tuple(LoraRef(**lora) for lora in data.get("loras", ()))
+        return cls(**known)
+
+
+def check_prompt(field_path: str, text: str) -> None:
+    """Refuse a prompt too long to be meant; ordinary long prompts are cut by the text encoders' window."""
+    if len(text) > LIMITS.max_prompt_chars:
+        raise InvalidInput(field_path, f"has {len(text)} characters; at most {LIMITS.max_prompt_chars} are taken")
+
+
+def check_side(field_path: str, pixels: int) -> None:
+    """Refuse a side outside the limits or not on the latent grid."""
+    LIMITS.side.check(field_path, pixels)
+    if pixels % LIMITS.side_multiple:
+        raise InvalidInput(field_path, f"must be a multiple of {LIMITS.side_multiple}, got {pixels}")
+
+
+_SIZE = re.compile(r"\s*(\d{1,6})\s*[*xX×]\s*(\d{1,6})\s*")
+
+
+def parse_size(text: str, field_path: str = "size") -> tuple[int, int]:
+    """Read ``"W*H"`` (or ``"WxH"``) into ``(width, height)`` in pixels.
+
+    Raises:
+        InvalidInput: Not two whole numbers, or a side out of range or off the grid.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise InvalidInput(field_path, f'must look like "1024*1024" (width*height in pixels), got {text[:40]!r}')
+    width, height = int(match[1]), int(match[2])
+    check_side(field_path, width)
+    check_side(field_path, height)
+    return width, height
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One more denoising step of a request is done."""
+
+    request_id: str
+    step: int  # steps done by the slowest image of the request, 1-based
+    total: int
+    seconds: float  # wall time of this step's network call
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    """One picture of a request is finished."""
+
+    request_id: str
+    index: int  # position among the request's images, 0-based
+    seed: int  # generating this one image with this seed makes it again
+    image: Image = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Every picture of the request was delivered."""
+
+    request_id: str
+    seconds: float  # wall time from the first denoising step to the last picture
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended without pictures; other requests of the same batch go on."""
+
+    request_id: str
+    error: Exception
+
+
+Event = Progress | ImageReady | Finished | Failed
