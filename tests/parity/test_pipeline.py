@@ -96,8 +96,9 @@ def test_image_i_is_the_picture_of_seed_plus_i(engine, pipeline):
 
 def test_absent_and_empty_negative_prompts_differ(engine):
     """Absent means zeros, empty means the embedding of nothing: two pictures."""
-    absent, empty = sized(GenerationRequest("a cat", seed=5, num_inference_steps=4)), sized(
-        REQUESTS["empty negative prompt"]
+    absent, empty = (
+        sized(GenerationRequest("a cat", seed=5, num_inference_steps=4)),
+        sized(REQUESTS["empty negative prompt"]),
     )
 
     [a], [b] = ours(engine, absent), ours(engine, empty)

@@ -1,0 +1,245 @@
+"""The command line: ``impasto serve | worker | generate | keys …``.
+
+Knows every room, imports each one inside the command that needs it, and holds no logic of its own. Options that
+are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, then from the defaults in ``config``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from impasto.config import GenerateSettings, Settings
+from impasto.errors import ConfigError, ImpastoError, InvalidInput
+from impasto.types import GenerationRequest, ImageReady, LoraRef, Progress, parse_size
+
+if TYPE_CHECKING:
+    from impasto.jobs.keys import KeyStore
+
+app = typer.Typer(
+    name="impasto",
+    help="SDXL with LoRAs, served fast. Start with: impasto generate 'a red fox on a blue background' -o fox.png",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="Every option can also be set as IMPASTO_NAME in the environment or as name = … in impasto.toml.",
+)
+keys_app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+
+def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) -> Any:
+    """Make the option of a setting: its flag, and help with where else it can be set and its default."""
+    field = kind.model_fields[name]
+    default = "" if field.default in (None, []) else f" Default: {field.default}."
+    return typer.Option(
+        *(flags or (f"--{name.replace('_', '-')}",)),
+        help=f"{field.description}{default} (IMPASTO_{name.upper()})",
+        show_default=False,
+    )
+
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings. (IMPASTO_CONFIG)")]
+DataDir = Annotated[Path | None, _setting(Settings, "data_dir")]
+Model = Annotated[str | None, _setting(Settings, "model")]
+Device = Annotated[str | None, _setting(Settings, "device")]
+Dtype = Annotated[str | None, _setting(Settings, "dtype")]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, _setting(Settings, "host")] = None,
+    port: Annotated[int | None, _setting(Settings, "port")] = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    public_url: Annotated[str | None, _setting(Settings, "public_url")] = None,
+    log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
+    config: Config = None,
+) -> None:
+    """Start the service: the API at once, and a worker that loads the model beside it.
+
+    The first start prints an API key. Then, from another terminal:
+
+        curl -X POST http://127.0.0.1:8000/api/v3/wavespeed-ai/sdxl-lora -H "Authorization: Bearer KEY"
+        -H "Content-Type: application/json" -d '{"prompt": "a red fox on a blue background", "size": "512*512"}'
+    """
+    from impasto.serving import serve as run_service
+
+    overrides = {
+        "host": host, "port": port, "data_dir": data_dir, "model": model, "device": device,
+        "dtype": dtype, "public_url": public_url, "log_level": log_level,
+    }  # fmt: skip
+    run_service(Settings.load(config, overrides))
+
+
+@app.command()
+def worker(
+    data_dir: DataDir = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
+    config: Config = None,
+) -> None:
+    """Run one more worker on the same data folder, beside the one that `serve` keeps."""
+    from impasto.worker.process import new_name, run, set_up_logging
+
+    overrides = {"data_dir": data_dir, "model": model, "device": device, "dtype": dtype, "log_level": log_level}
+    settings = Settings.load(config, overrides)
+    set_up_logging(settings)
+    raise typer.Exit(run(settings, new_name()))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture: .png, .jpg or .webp.")] = Path("out.png"),
+    negative: Annotated[str | None, typer.Option("--negative", help="What to keep out of the picture.")] = None,
+    size: Annotated[str | None, _setting(GenerateSettings, "size")] = None,
+    steps: Annotated[int | None, _setting(GenerateSettings, "steps")] = None,
+    guidance: Annotated[float | None, _setting(GenerateSettings, "guidance")] = None,
+    seed: Annotated[int | None, _setting(GenerateSettings, "seed")] = None,
+    count: Annotated[int | None, _setting(GenerateSettings, "count")] = None,
+    lora: Annotated[list[str] | None, _setting(GenerateSettings, "lora")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+) -> None:
+    """Make pictures in this process, without a server, and save them.
+
+    Examples:
+
+        impasto generate "a red fox on a blue background" -o fox.png --size 512*512 --steps 20 --seed 7
+
+        impasto generate "a fox, pixel art" -o fox.png --lora pixel-art.safetensors:0.8 --count 4
+    """
+    overrides = {
+        "size": size, "steps": steps, "guidance": guidance, "seed": seed, "count": count,
+        "lora": lora or None, "model": model, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    settings = GenerateSettings.load(config, overrides)
+    from impasto.models.catalog import find_model
+
+    width, height = parse_size(settings.size) if settings.size else (find_model(settings.model).native_side,) * 2
+    request = GenerationRequest(
+        prompt=prompt,
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        num_images=settings.count,
+        seed=settings.seed,
+        loras=tuple(_lora(text, i) for i, text in enumerate(settings.lora)),
+    )
+    _draw(request, settings, output)
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What to call it, such as the app that will use it.")],
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Make a key and print it, alone, on standard output. It is stored hashed and cannot be shown again."""
+    print(_keys(data_dir, config).create(name))
+
+
+@keys_app.command("list")
+def keys_list(data_dir: DataDir = None, config: Config = None) -> None:
+    """List the keys: id, name, first characters, when made, whether revoked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "name", "key", "created", "state")
+    for key in _keys(data_dir, config).list():
+        state = "revoked" if key.disabled_at else "active"
+        table.add_row(key.id, key.name, f"{key.prefix}…", f"{key.created_at:%Y-%m-%d %H:%M}", state)
+    Console().print(table)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(help="Name or id of the key.")], data_dir: DataDir = None, config: Config = None
+) -> None:
+    """Make a key useless from now on."""
+    key = _keys(data_dir, config).revoke(name)
+    print(f"revoked {key.name} ({key.id})", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on standard error, not a trace."""
+    with _plain_errors():
+        app()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImpastoError as error:
+        print(f"impasto: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InvalidInput | ConfigError) else 1)
+
+
+def _keys(data_dir: Path | None, config: Path | None) -> KeyStore:
+    from impasto.jobs.database import open_database, upgrade
+    from impasto.jobs.keys import KeyStore
+
+    database = open_database(Settings.load(config, {"data_dir": data_dir}).database)
+    upgrade(database)
+    return KeyStore(database)
+
+
+def _lora(text: str, position: int) -> LoraRef:
+    """Read ``PATH`` or ``PATH:SCALE``."""
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return LoraRef(text)
+    try:
+        return LoraRef(path, float(scale))
+    except ValueError:
+        if Path(text).exists():  # a colon in the file's name
+            return LoraRef(text)
+        raise InvalidInput(f"lora.{position}", f"must be PATH or PATH:SCALE with a number, got {text!r}") from None
+
+
+def _draw(request: GenerationRequest, settings: GenerateSettings, output: Path) -> None:
+    """Run the engine with a progress bar and save each picture as it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from impasto.images import encode_image, format_of
+
+    file_format = format_of(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with console.status(f"loading {settings.model} …"):
+        from impasto.engine.engine import Engine
+
+        engine = Engine.load(settings.model, device=settings.device, dtype=settings.dtype, max_batch=settings.max_batch)
+    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Bar(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("denoising", total=request.num_inference_steps, pace="")
+        for event in engine.generate(request):
+            if isinstance(event, Progress):
+                bar.update(task, completed=event.step, pace=f"{event.seconds:.2f} s/step")
+            elif isinstance(event, ImageReady):
+                path = _numbered(output, event.index, request.num_images)
+                path.write_bytes(encode_image(event.image, file_format))
+                bar.console.print(f"{path}  seed {event.seed}")
+
+
+def _numbered(output: Path, index: int, count: int) -> Path:
+    """``fox.png`` for one picture; ``fox-0.png``, ``fox-1.png``, … for several."""
+    return output if count == 1 else output.with_stem(f"{output.stem}-{index}")

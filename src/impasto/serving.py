@@ -1,0 +1,74 @@
+"""``impasto serve``: the API in this process and a supervised worker beside it.
+
+Knows how the rooms are put together to run on one machine. Holds no logic of the rooms, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import uvicorn
+
+from impasto.api.app import create_app
+from impasto.config import Settings
+from impasto.errors import ConfigError
+from impasto.jobs.database import open_database, upgrade
+from impasto.jobs.keys import KeyStore
+from impasto.jobs.outputs import OutputStore
+from impasto.jobs.store import JobStore
+from impasto.models.catalog import find_model
+from impasto.worker.process import FAKE_MODEL, set_up_logging
+from impasto.worker.supervisor import Supervisor
+
+FIRST_KEY_NAME = "first"
+BACKLOG = 2048
+DRAIN_SECONDS = 5  # for requests in progress at shutdown
+
+
+def serve(settings: Settings) -> None:
+    """Run the service until it is told to stop.
+
+    Raises:
+        ImpastoError: The model, the database or the address cannot be used: nothing is started.
+    """
+    set_up_logging(settings)
+    if settings.model != FAKE_MODEL:
+        find_model(settings.model)
+    settings.lora_dir.mkdir(parents=True, exist_ok=True)
+    database = open_database(settings.database)
+    upgrade(database)
+    store, keys = JobStore(database), KeyStore(database)
+    listener = _listen(settings)
+    _announce(listener, keys, settings)
+    supervisor = Supervisor(settings, on_death=store.abandon)
+    supervisor.start()
+    try:
+        app = create_app(settings, store, keys, OutputStore(settings.output_root))
+        config = uvicorn.Config(
+            app, log_level=settings.log_level, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        supervisor.stop()
+        database.dispose()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bind before anything else starts, so that a taken port is an error and port 0 is known."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _announce(listener: socket.socket, keys: KeyStore, settings: Settings) -> None:
+    host, port = listener.getsockname()[:2]
+    print(f"Impasto is listening on http://{host}:{port} (model: {settings.model})", file=sys.stderr, flush=True)
+    if not keys.any():
+        print(f"API key (shown this once): {keys.create(FIRST_KEY_NAME)}", file=sys.stderr, flush=True)

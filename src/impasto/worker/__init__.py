@@ -1,0 +1,1 @@
+"""The worker: claims jobs, moves them through a backend, writes results back. Knows no HTTP."""

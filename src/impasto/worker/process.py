@@ -1,0 +1,100 @@
+"""The worker process: reads the settings, loads the model, runs the loop until told to stop.
+
+Knows settings and which backend a model name means. The only place in ``worker`` that imports torch, and only when
+it runs. Ends at SIGTERM, SIGINT, or when its parent is gone (its standard input closes).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from impasto.config import FAKE_STEP_VARIABLE, Settings
+from impasto.errors import ConfigError, ImpastoError
+from impasto.jobs.database import open_database, upgrade
+from impasto.jobs.outputs import OutputStore
+from impasto.jobs.store import JobStore
+from impasto.worker.backend import FAKE_STEP_SECONDS, Backend, FakeBackend
+from impasto.worker.loop import WorkerLoop
+
+log = logging.getLogger(__name__)
+
+FAKE_MODEL = "fake"
+EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again would not help
+
+
+def make_backend(settings: Settings) -> Backend:
+    """Build what the setting ``model`` names."""
+    if settings.model == FAKE_MODEL:
+        return FakeBackend(float(os.environ.get(FAKE_STEP_VARIABLE, FAKE_STEP_SECONDS)))
+    from impasto.engine.engine import Engine
+
+    return Engine.load(settings.model, device=settings.device, dtype=settings.dtype, max_batch=settings.max_batch)
+
+
+def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
+    """Open the store and build the loop around a backend; ``name`` is unique among all workers."""
+    database = open_database(settings.database)
+    upgrade(database)
+    return WorkerLoop(
+        JobStore(database),
+        OutputStore(settings.output_root),
+        backend,
+        name=name,
+        lora_dir=settings.lora_dir,
+        slots=settings.max_batch,
+        lease_seconds=settings.lease_seconds,
+        max_attempts=settings.max_attempts,
+    )
+
+
+def new_name() -> str:
+    """Return a worker name that no other worker has, and that tells an operator where it runs."""
+    return f"{socket.gethostname()}-{secrets.token_hex(6)}"
+
+
+def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int:
+    """Run a worker until it is told to stop; return the process's exit status."""
+    log.info("loading model %s", settings.model)
+    try:
+        backend = make_backend(settings)
+    except ImpastoError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    loop = make_loop(settings, backend, name)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
+    if stop_with_parent:
+        threading.Thread(target=_stop_at_end_of_input, args=(loop,), name="parent-watch", daemon=True).start()
+    log.info("model %s loaded; taking jobs", settings.model)
+    loop.run()
+    return 0
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Log to standard error, one line a record."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for noisy in ("httpx", "alembic", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _stop_at_end_of_input(loop: Any) -> None:
+    sys.stdin.buffer.read()
+    loop.stop()
+
+
+if __name__ == "__main__":
+    try:
+        loaded = Settings.load()
+    except ConfigError as problem:
+        sys.exit(str(problem))
+    set_up_logging(loaded)
+    sys.exit(run(loaded, sys.argv[1], stop_with_parent=True))
