@@ -22,7 +22,7 @@ from rich.progress import Progress
 from wavespeed import Client
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPASTO = Path(sys.executable).with_name("impasto")
+IMPASTO = str(Path(sys.executable).with_name("impasto"))
 MODEL = "wavespeed-ai/sdxl-lora"
 REQUEST: dict[str, Any] = {
     "prompt": "a red fox on a blue background",

@@ -90,11 +90,13 @@ def worker(
     config: Config = None,
 ) -> None:
     """Run one more worker on the same data folder, beside the one that `serve` keeps."""
-    from impasto.worker.process import new_name, run, set_up_logging
+    from impasto.logs import set_up_logging
+    from impasto.worker.loop import new_name
+    from impasto.worker.process import run
 
     overrides = {"data_dir": data_dir, "model": model, "device": device, "dtype": dtype, "log_level": log_level}
     settings = Settings.load(config, overrides)
-    set_up_logging(settings)
+    set_up_logging(settings.log_level)
     raise typer.Exit(run(settings, new_name()))
 
 

@@ -17,8 +17,9 @@ from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
+from impasto.logs import set_up_logging
 from impasto.models.catalog import find_model
-from impasto.worker.process import FAKE_MODEL, set_up_logging
+from impasto.worker.backend import FAKE_MODEL
 from impasto.worker.supervisor import Supervisor
 
 FIRST_KEY_NAME = "first"
@@ -32,7 +33,7 @@ def serve(settings: Settings) -> None:
     Raises:
         ImpastoError: The model, the database or the address cannot be used: nothing is started.
     """
-    set_up_logging(settings)
+    set_up_logging(settings.log_level)
     if settings.model != FAKE_MODEL:
         find_model(settings.model)
     settings.lora_dir.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from impasto.types import Event, Finished, GenerationRequest, ImageReady, Progress
 
+FAKE_MODEL = "fake"  # the model name that asks for this
 FAKE_STEP_SECONDS = 0.02
 
 

@@ -9,6 +9,8 @@ publish anything for it. Progress travels with the heartbeat, which also brings 
 from __future__ import annotations
 
 import logging
+import secrets
+import socket
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -29,6 +31,11 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
 BEATS_PER_LEASE = 4
 STALL_LEASES = 20  # a backend that has not moved for this many leases no longer keeps its jobs
+
+
+def new_name() -> str:
+    """Return a worker name that no other worker has, and that tells an operator where it runs."""
+    return f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
 
 @dataclass(slots=True, eq=False)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
-import socket
 import sys
 import threading
 from typing import Any
@@ -20,12 +18,12 @@ from impasto.errors import ConfigError, ImpastoError
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
-from impasto.worker.backend import FAKE_STEP_SECONDS, Backend, FakeBackend
+from impasto.logs import set_up_logging
+from impasto.worker.backend import FAKE_MODEL, FAKE_STEP_SECONDS, Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
 
 log = logging.getLogger(__name__)
 
-FAKE_MODEL = "fake"
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again would not help
 
 
@@ -54,11 +52,6 @@ def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
     )
 
 
-def new_name() -> str:
-    """Return a worker name that no other worker has, and that tells an operator where it runs."""
-    return f"{socket.gethostname()}-{secrets.token_hex(6)}"
-
-
 def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int:
     """Run a worker until it is told to stop; return the process's exit status."""
     log.info("loading model %s", settings.model)
@@ -77,15 +70,6 @@ def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int
     return 0
 
 
-def set_up_logging(settings: Settings) -> None:
-    """Log to standard error, one line a record."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    for noisy in ("httpx", "alembic", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
 def _stop_at_end_of_input(loop: Any) -> None:
     sys.stdin.buffer.read()
     loop.stop()
@@ -96,5 +80,5 @@ if __name__ == "__main__":
         loaded = Settings.load()
     except ConfigError as problem:
         sys.exit(str(problem))
-    set_up_logging(loaded)
+    set_up_logging(loaded.log_level)
     sys.exit(run(loaded, sys.argv[1], stop_with_parent=True))

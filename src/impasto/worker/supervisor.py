@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from impasto.config import Settings
-from impasto.worker.process import new_name
+from impasto.worker.loop import new_name
 
 log = logging.getLogger(__name__)
 

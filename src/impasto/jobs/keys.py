@@ -1,0 +1,116 @@
+"""API keys: made, listed, revoked and recognised.
+
+Knows secrets only long enough to hash them. Knows nothing of HTTP headers or of what a key may do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
+
+from impasto.errors import InvalidInput, NotFound, Unauthorized
+from impasto.jobs.database import reading, writing
+from impasto.jobs.queries import queries
+from impasto.jobs.records import moment
+
+PREFIX_CHARS: Final = 6  # of the secret, kept in clear to tell keys apart
+MAX_NAME_CHARS: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as it may be shown: everything but the secret."""
+
+    id: str
+    name: str
+    prefix: str  # first characters of the secret
+    created_at: datetime  # UTC
+    disabled_at: datetime | None  # UTC; set once revoked
+
+    @classmethod
+    def from_row(cls, row: Mapping[Any, Any]) -> Key:
+        """Build a key from a row of ``keys``."""
+        disabled = row["disabled_at"]
+        return cls(
+            id=row["id"],
+            name=row["name"],
+            prefix=row["prefix"],
+            created_at=moment(row["created_at"]),
+            disabled_at=None if disabled is None else moment(disabled),
+        )
+
+
+class KeyStore:
+    """The keys of one database. Every method raises ``Unavailable`` when the database cannot answer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queries = queries(engine.dialect.name)
+
+    def create(self, name: str) -> str:
+        """Make a key and return its secret, 64 hexadecimal digits; it cannot be shown again.
+
+        Raises:
+            InvalidInput: The name is empty, too long, not printable, or that of another key in use.
+        """
+        if not (name.strip() and name.isprintable() and len(name) <= MAX_NAME_CHARS):
+            raise InvalidInput("name", f"must be 1 to {MAX_NAME_CHARS} printable characters")
+        secret = secrets.token_hex(32)
+        values = {"id": secrets.token_hex(8), "name": name, "prefix": secret[:PREFIX_CHARS]}
+        try:
+            with writing(self._engine) as db:
+                db.execute(self._queries["create_key"], {**values, "secret_hash": _hash(secret)})
+        except IntegrityError:
+            raise InvalidInput("name", f"{name!r} is taken; choose another or revoke that key first") from None
+        return secret
+
+    def list(self) -> tuple[Key, ...]:
+        """Return all keys, the oldest first, revoked ones too."""
+        with reading(self._engine) as db:
+            return tuple(Key.from_row(row) for row in db.execute(self._queries["list_keys"]).mappings())
+
+    def revoke(self, name_or_id: str) -> Key:
+        """Shut a key off for good, at once; its jobs go on.
+
+        Raises:
+            NotFound: No key in use has this name or id.
+        """
+        with writing(self._engine) as db:
+            row = db.execute(self._queries["revoke_key"], {"name_or_id": name_or_id}).mappings().first()
+        if row is None:
+            raise NotFound("no key in use has this name or id; list the keys to see them")
+        return Key.from_row(row)
+
+    def authenticate(self, secret: str) -> Key:
+        """Return the key that ``secret`` (spaces around it ignored) belongs to.
+
+        Raises:
+            Unauthorized: It is empty, unknown or revoked.
+        """
+        secret = secret.strip()
+        if not secret:
+            raise Unauthorized("no API key was sent; send the header 'Authorization: Bearer <key>'")
+        with reading(self._engine) as db:
+            row = db.execute(self._queries["find_key"], {"secret_hash": _hash(secret)}).mappings().first()
+        if row is None:
+            raise Unauthorized("this API key is not known; check that it was copied whole")
+        if row["disabled_at"] is not None:
+            raise Unauthorized("this API key was revoked; use another")
+        return Key.from_row(row)
+
+    def any(self) -> bool:
+        """Tell whether some key can be used."""
+        with reading(self._engine) as db:
+            return db.execute(self._queries["any_key"]).first() is not None
+
+
+def _hash(secret: str) -> str:
+    """Hash a secret for look-up. It is 256 random bits, so a slow password hash would add nothing."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,50 @@
+"""Reads ``queries.sql`` into named statements for one dialect.
+
+Knows the file's form and where SQLite and PostgreSQL differ. Knows nothing of connections or of what a statement does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from string import Template
+from typing import Final
+
+from sqlalchemy import TextClause, text
+
+_HEADING: Final = re.compile(r"^-- (\w+) --$", re.MULTILINE)
+
+DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "sqlite": {
+        "now": "cast(round(unixepoch('subsec') * 1000) as integer)",
+        "greatest": "max",
+        "for_update": "",  # BEGIN IMMEDIATE has locked the whole file already
+        "skip_locked": "",
+        "missing_loras": "(select count(*) from json_each(due.lora_key) as needed"
+        " where needed.value not in (select value from json_each(:loaded)))",
+    },
+    "postgresql": {
+        "now": "cast(extract(epoch from statement_timestamp()) * 1000 as bigint)",
+        "greatest": "greatest",
+        "for_update": "for update",
+        "skip_locked": "for update of p skip locked",
+        "missing_loras": "(select count(*) from json_array_elements_text(cast(due.lora_key as json)) as needed(value)"
+        " where needed.value not in (select json_array_elements_text(cast(:loaded as json))))",
+    },
+}
+
+
+@cache
+def queries(dialect: str) -> Mapping[str, TextClause]:
+    """Return every statement of ``queries.sql`` by name, ready for ``"sqlite"`` or ``"postgresql"``."""
+    source = files(__package__).joinpath("queries.sql").read_text("utf-8")
+    _preamble, *parts = _HEADING.split(source)
+    return {name: _statement(body, dialect) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _statement(body: str, dialect: str) -> TextClause:
+    """Drop the comment and the final semicolon, and fill in the dialect's words."""
+    lines = [line for line in body.strip().splitlines() if not line.startswith("--")]
+    return text(Template("\n".join(lines)).substitute(DIALECTS[dialect]).removesuffix(";"))

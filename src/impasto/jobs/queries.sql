@@ -1,0 +1,147 @@
+-- Every statement of the store. One text serves SQLite and PostgreSQL; where they differ stands a $name,
+-- filled in by queries.py. Times are whole milliseconds since 1970 by the database's own clock ($now).
+
+-- create_key --
+-- A new key; only the hash of its secret is kept.
+insert into keys (id, name, prefix, secret_hash, created_at)
+values (:id, :name, :prefix, :secret_hash, $now);
+
+-- list_keys --
+-- All keys, the oldest first, revoked ones too.
+select id, name, prefix, created_at, disabled_at from keys order by created_at, id;
+
+-- find_key --
+-- The key whose secret has this hash.
+select id, name, prefix, created_at, disabled_at from keys where secret_hash = :secret_hash;
+
+-- any_key --
+-- One row if some key can still be used.
+select 1 from keys where disabled_at is null limit 1;
+
+-- revoke_key --
+-- A usable key, named by id or name, is shut off for good.
+update keys set disabled_at = $now
+ where (id = :name_or_id or name = :name_or_id) and disabled_at is null
+returning id, name, prefix, created_at, disabled_at;
+
+-- lock_key --
+-- Submits of one key take turns, so that its limits hold; no row means no usable key.
+select id from keys where id = :key_id and disabled_at is null $for_update;
+
+-- find_repeat --
+-- The job that an earlier submit of this key made under the same idempotency key.
+select * from predictions where key_id = :key_id and idempotency_key = :idempotency_key;
+
+-- count_waiting_of_key --
+-- Jobs of this key that no worker has taken.
+select count(*) from predictions where key_id = :key_id and status = 'created';
+
+-- advance_key --
+-- The fair tag of the key's next job (self-clocked fair queuing, Golestani 1994): the later of the key's own
+-- last tag and the system's virtual time, plus the cost. Virtual time is the tag of the job due next, or, with
+-- nothing waiting, the last tag given to anybody, so that work done on an idle system is never held against a key.
+update keys set vtime = :cost + $greatest(vtime, coalesce(
+           (select fair from predictions where status = 'created' and pool = :pool
+             order by priority desc, fair, id limit 1),
+           (select max(vtime) from keys)))
+ where id = :key_id
+returning vtime;
+
+-- create_job --
+-- A new job, waiting for a worker.
+insert into predictions (id, key_id, idempotency_key, model, pool, status, priority, fair, lora_key, input, seed,
+                         created_at)
+values (:id, :key_id, :idempotency_key, :model, :pool, 'created', :priority, :fair, :lora_key, :input, :seed, $now)
+returning *;
+
+-- get_job --
+-- One job, whoever owns it.
+select * from predictions where id = :id;
+
+-- claim_jobs --
+-- Up to :limit waiting jobs go to one worker, in one statement. Of the 64 due next, those whose LoRAs are loaded
+-- already go first, but only within a stretch of :bucket units of fair share, so nobody waits long for affinity.
+with due as (
+    select id, priority, fair, lora_key from predictions
+     where status = 'created' and pool = :pool
+     order by priority desc, fair, id limit 64),
+head as (
+    select min(fair) as fair from due),
+chosen as (
+    select p.id from predictions p join due on due.id = p.id cross join head
+     where p.status = 'created'
+     order by due.priority desc, floor((due.fair - head.fair) / :bucket), $missing_loras, due.fair, p.id
+     limit :limit $skip_locked)
+update predictions
+   set status = 'processing', attempt = attempt + 1, lease_owner = :worker, lease_until = $now + :lease,
+       started_at = coalesce(started_at, $now)
+ where id in (select id from chosen)
+returning *;
+
+-- beat --
+-- A worker is alive: its lease on one job is prolonged and the job's progress noted. No row: the lease is lost.
+update predictions set lease_until = $now + :lease, progress = :progress
+ where id = :id and attempt = :attempt and lease_owner = :worker and status = 'processing'
+returning cancel_requested;
+
+-- end_job --
+-- The holder of the lease ends the job, unless its owner cancelled it first.
+update predictions
+   set status = :status, outputs = :outputs, error = :error, error_class = :error_class, timings = :timings,
+       lease_owner = null, lease_until = null, finished_at = $now
+ where id = :id and attempt = :attempt and status = 'processing' and not cancel_requested;
+
+-- requeue_job --
+-- A held job waits again, in its old place, unless its owner cancelled it first.
+update predictions set status = 'created', lease_owner = null, lease_until = null, progress = '{}'
+ where id = :id and attempt = :attempt and status = 'processing' and not cancel_requested;
+
+-- end_cancelled --
+-- A held job that its owner cancelled ends so.
+update predictions
+   set status = 'cancelled', error = 'cancelled', error_class = 'cancelled',
+       lease_owner = null, lease_until = null, finished_at = $now
+ where id = :id and attempt = :attempt and status = 'processing' and cancel_requested;
+
+-- cancel_job --
+-- The owner stops a job: a waiting one ends at once, a held one is marked for its worker to see.
+update predictions
+   set cancel_requested = true,
+       error = case when status = 'created' then 'cancelled' else error end,
+       error_class = case when status = 'created' then 'cancelled' else error_class end,
+       finished_at = case when status = 'created' then $now else finished_at end,
+       status = case when status = 'created' then 'cancelled' else status end
+ where id = :id and key_id = :key_id and status in ('created', 'processing')
+returning status;
+
+-- expired --
+-- Held jobs whose worker fell silent, and how often that has happened to each before.
+select p.id, p.attempt,
+       (select count(*) from attempts a where a.prediction_id = p.id and a.outcome = 'lease_lost') as lost
+  from predictions p
+ where p.status = 'processing' and p.lease_until < $now
+ order by p.id $skip_locked;
+
+-- start_attempt --
+-- A worker begins to run a job.
+insert into attempts (prediction_id, attempt, worker, started_at) values (:id, :attempt, :worker, $now);
+
+-- end_attempt --
+-- How a worker's run of a job ended.
+update attempts set ended_at = $now, outcome = :outcome where prediction_id = :id and attempt = :attempt;
+
+-- record_event --
+-- What happened to a job, in the transaction that made it happen.
+insert into events (prediction_id, type, at) values (:id, :type, $now);
+
+-- queue_depth --
+-- Jobs waiting in a pool.
+select count(*) from predictions where status = 'created' and pool = :pool;
+
+-- last_event --
+-- A number that grows with every change of any job's state.
+select coalesce(max(seq), 0) from events;
+
+-- abandon --
+-- A worker is known to be dead: its leases end now, so that the next reap gives its jobs to others.
+update predictions set lease_until = $now - 1 where lease_owner = :worker and status = 'processing';

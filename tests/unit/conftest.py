@@ -1,0 +1,81 @@
+"""A fresh job store for each test.
+
+Knows where databases are made: a new SQLite file, and also an emptied PostgreSQL database where the environment
+variable ``TEST_DATABASE_URL`` names one. Knows nothing of what is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from impasto.jobs.database import open_database, upgrade, writing
+from impasto.jobs.keys import KeyStore
+from impasto.jobs.store import JobStore
+
+POSTGRESQL = os.environ.get("TEST_DATABASE_URL")
+
+
+@pytest.fixture(scope="session")
+def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with all tables and no rows, to be copied."""
+    path = tmp_path_factory.mktemp("template") / "impasto.db"
+    engine = open_database(f"sqlite:///{path}")
+    upgrade(engine)
+    engine.dispose()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"] if POSTGRESQL else ["sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, empty_sqlite: Path) -> str:
+    """URL of an upgraded, empty database."""
+    if request.param == "sqlite":
+        shutil.copy(empty_sqlite, tmp_path / "impasto.db")
+        return f"sqlite:///{tmp_path / 'impasto.db'}"
+    assert POSTGRESQL is not None
+    engine = open_database(POSTGRESQL)
+    with writing(engine) as db:
+        db.execute(text("drop schema public cascade"))
+        db.execute(text("create schema public"))
+    upgrade(engine)
+    engine.dispose()
+    return POSTGRESQL
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Engine]:
+    """An engine on an upgraded, empty database."""
+    engine = open_database(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(database: Engine) -> Iterator[JobStore]:
+    """A job store without jobs."""
+    store = JobStore(database)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def keys(database: Engine) -> KeyStore:
+    """A key store without keys, on the database of ``store``."""
+    return KeyStore(database)
+
+
+@pytest.fixture
+def alice(keys: KeyStore) -> str:
+    """Id of an API key."""
+    return keys.authenticate(keys.create("alice")).id
+
+
+@pytest.fixture
+def bob(keys: KeyStore) -> str:
+    """Id of another API key."""
+    return keys.authenticate(keys.create("bob")).id

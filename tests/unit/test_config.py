@@ -1,0 +1,109 @@
+"""Settings: where each comes from, what wins, and that mistakes stop start-up by name."""
+
+from pathlib import Path
+
+import pytest
+
+from impasto.config import GenerateSettings, Settings
+from impasto.errors import ConfigError
+
+EXAMPLES = {  # one non-default value for every setting: as text, and as read
+    "data_dir": ("/tmp/x", Path("/tmp/x")),
+    "database_url": ("sqlite:////tmp/y.db", "sqlite:////tmp/y.db"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("9000", 9000),
+    "public_url": ("https://pictures.example", "https://pictures.example"),
+    "max_body_bytes": ("1000", 1000),
+    "max_queued": ("7", 7),
+    "sync_timeout": ("5.5", 5.5),
+    "model": ("fake", "fake"),
+    "device": ("cpu", "cpu"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "max_batch": ("2", 2),
+    "lease_seconds": ("3", 3.0),
+    "max_attempts": ("1", 1),
+    "log_level": ("debug", "debug"),
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """No ``impasto.toml`` of the checkout is picked up."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_setting_has_an_example():
+    """A new setting needs a line in this file."""
+    assert set(EXAMPLES) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_setting_is_read_from_the_environment_and_from_toml(name, monkeypatch, tmp_path):
+    """``IMPASTO_NAME`` and ``name = …`` both set it."""
+    text, value = EXAMPLES[name]
+    assert getattr(Settings.load(), name) != value
+
+    (tmp_path / "impasto.toml").write_text(f'{name} = "{text}"')
+    assert getattr(Settings.load(), name) == value
+
+    (tmp_path / "impasto.toml").unlink()
+    monkeypatch.setenv(f"IMPASTO_{name.upper()}", text)
+    assert getattr(Settings.load(), name) == value
+
+
+def test_the_command_line_wins_over_the_environment_over_toml(monkeypatch, tmp_path):
+    """The nearer to the user's fingers, the stronger."""
+    (tmp_path / "impasto.toml").write_text("port = 1001")
+    assert Settings.load().port == 1001
+    monkeypatch.setenv("IMPASTO_PORT", "1002")
+    assert Settings.load().port == 1002
+    assert Settings.load(overrides={"port": 1003}).port == 1003
+    assert Settings.load(overrides={"port": None}).port == 1002, "None means not given"
+
+
+def test_a_child_process_reads_the_same_settings(monkeypatch):
+    """``to_environment`` carries every value, the data folder made absolute."""
+    settings = Settings.load(overrides={name: text for name, (text, _) in EXAMPLES.items()})
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load().model_dump() == settings.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("source", "phrase"),
+    [("port = 70000", "port"), ("port = 'x'", "port"), ("prot = 8000", "prot"), ("dtype = 'int8'", "dtype"),
+     ("public_url = 'ftp://x'", "public_url"), ("max_batch = 0", "max_batch"), ("port = ", "TOML")],
+)  # fmt: skip
+def test_a_wrong_file_stops_start_up_and_is_named(tmp_path, source, phrase):
+    """Bad values, unknown names and broken syntax are errors, not defaults."""
+    (tmp_path / "impasto.toml").write_text(source)
+    with pytest.raises(ConfigError, match=phrase):
+        Settings.load()
+
+
+def test_a_misspelt_variable_is_an_error_with_a_hint(monkeypatch):
+    """A variable nobody reads would be lost in silence."""
+    monkeypatch.setenv("IMPASTO_PROT", "8000")
+    with pytest.raises(ConfigError, match="IMPASTO_PORT"):
+        Settings.load()
+
+
+def test_a_named_file_must_exist(monkeypatch, tmp_path):
+    """Both ways of naming one."""
+    with pytest.raises(ConfigError, match="nowhere"):
+        Settings.load(tmp_path / "nowhere.toml")
+    monkeypatch.setenv("IMPASTO_CONFIG", str(tmp_path / "gone.toml"))
+    with pytest.raises(ConfigError, match="gone"):
+        Settings.load()
+
+
+def test_generate_has_a_table_of_its_own(monkeypatch, tmp_path):
+    """``[generate]`` holds its defaults; model settings at the top level count for it too."""
+    (tmp_path / "impasto.toml").write_text(
+        'model = "fake"\nport = 1\n[generate]\nsteps = 12\nlora = ["a:0.5"]\nsize = "512*512"'
+    )
+    settings = GenerateSettings.load()
+    assert (settings.model, settings.steps, settings.lora, settings.size) == ("fake", 12, ["a:0.5"], "512*512")
+    monkeypatch.setenv("IMPASTO_STEPS", "9")
+    assert GenerateSettings.load().steps == 9
+    assert Settings.load().port == 1

@@ -1,0 +1,131 @@
+"""What the store of finished pictures promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from obstore.exceptions import AlreadyExistsError
+
+from impasto.errors import NotFound
+from impasto.jobs import outputs as module
+from impasto.jobs.outputs import EXTENSIONS, OutputStore, content_type_of
+
+JOB = "0123456789abcdef0123456789abcdef"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    return OutputStore(str(tmp_path / "data" / "outputs"))
+
+
+def test_what_was_put_comes_back(outputs):
+    """Byte for byte, empty files and large ones too."""
+    for data in (PNG, b"", PNG * 40_000):
+        assert outputs.get(outputs.put(JOB, 1, 0, data, "image/png")) == data
+
+
+def test_the_folder_is_made_when_it_is_missing(tmp_path):
+    """A fresh data folder needs no preparation."""
+    OutputStore(str(tmp_path / "a" / "b")).put(JOB, 1, 0, PNG, "image/png")
+    assert len(list((tmp_path / "a" / "b").rglob("*.png"))) == 1
+
+
+def test_a_relative_folder_works(tmp_path, monkeypatch):
+    """``--data-dir data`` is what people type."""
+    monkeypatch.chdir(tmp_path)
+    outputs = OutputStore("data")
+    assert outputs.get(outputs.put(JOB, 1, 0, PNG, "image/png")) == PNG
+
+
+def test_a_url_works_like_a_folder(tmp_path):
+    """Object stores and folders share every line but one: only the former keep a content type."""
+    (tmp_path / "files").mkdir()
+    for root in ("memory:///", (tmp_path / "files").as_uri()):
+        outputs = OutputStore(root)
+        blob = outputs.put(JOB, 1, 0, PNG, "image/png")
+        assert outputs.get(blob) == PNG
+        outputs.delete([blob])
+        with pytest.raises(NotFound):
+            outputs.get(blob)
+
+
+@pytest.mark.parametrize(("content_type", "extension"), EXTENSIONS.items())
+def test_a_name_tells_job_attempt_position_and_type(outputs, content_type, extension):
+    """Sweeping a dead attempt's files needs no database."""
+    blob = outputs.put(JOB, 3, 2, PNG, content_type)
+    assert re.fullmatch(rf"{JOB}/3-[0-9a-f]{{32}}/2\.{extension}", blob)
+    assert content_type_of(blob) == content_type
+
+
+def test_names_cannot_be_guessed(outputs):
+    """The address is the permission: the same picture put twice has 128 fresh random bits in its name."""
+    assert len({outputs.put(JOB, 1, 0, PNG, "image/png") for _ in range(20)}) == 20
+
+
+def test_a_file_is_never_written_over(outputs, monkeypatch):
+    """Even if the random part came out the same, the first picture stays."""
+    monkeypatch.setattr(module.secrets, "token_hex", lambda n: "a" * 2 * n)
+    blob = outputs.put(JOB, 1, 0, b"first", "image/png")
+    with pytest.raises(AlreadyExistsError):
+        outputs.put(JOB, 1, 0, b"second", "image/png")
+    assert outputs.get(blob) == b"first"
+
+
+def test_deleted_files_are_gone_and_the_rest_stay(outputs, tmp_path):
+    """Empty folders go as well; deleting twice is no error."""
+    gone, kept = (outputs.put(JOB, attempt, 0, PNG, "image/png") for attempt in (1, 2))
+    outputs.delete([gone])
+    outputs.delete([gone])
+    assert outputs.get(kept) == PNG
+    with pytest.raises(NotFound, match="may have been deleted"):
+        outputs.get(gone)
+    assert len(list((tmp_path / "data" / "outputs" / JOB).iterdir())) == 1
+
+
+HOSTILE = [
+    "",
+    "/etc/passwd",
+    "../outputs.png",
+    f"{JOB}/1-{JOB}/../../../secret.png",
+    f"{JOB}/1-{JOB}/0.png/",
+    f"{JOB}/1-{JOB}/0.exe",
+    f"{JOB}/1-{JOB}/0.png\n",
+    f"{JOB}/1-{JOB}/0.png\0",
+    f"{JOB}//1-{JOB}/0.png",
+    f"{JOB.upper()}/1-{JOB}/0.png",
+    f"{JOB}/1-{JOB}/٠.png",  # a digit, but not one of ours
+    f"{JOB}%2f1-{JOB}%2f0.png",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("blob", HOSTILE)
+def test_only_names_of_our_making_reach_the_disk(outputs, tmp_path, blob):
+    """No text from an address becomes a path: reading, deleting and typing all refuse it."""
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    for refuse in (outputs.get, lambda name: outputs.delete([name]), content_type_of):
+        with pytest.raises(NotFound, match="no such file"):
+            refuse(blob)
+    assert (tmp_path / "secret.png").exists()
+
+
+@pytest.mark.parametrize("job_id", ["../../x", "a/b", "", JOB + "0"])
+def test_a_job_id_cannot_lead_out_of_the_folder(outputs, job_id):
+    """Writing checks the whole name as reading does."""
+    with pytest.raises(NotFound):
+        outputs.put(job_id, 1, 0, PNG, "image/png")
+
+
+def test_a_type_that_is_no_picture_is_refused(outputs):
+    """Nothing but pictures is ever served from here."""
+    with pytest.raises(KeyError):
+        outputs.put(JOB, 1, 0, b"<script>", "text/html")
+
+
+def test_a_missing_file_looks_like_any_missing_thing(outputs):
+    """A well-formed name that was never given out is a plain 404 without a path in the message."""
+    with pytest.raises(NotFound) as caught:
+        outputs.get(f"{JOB}/1-{JOB}/0.png")
+    assert "/" not in str(caught.value)

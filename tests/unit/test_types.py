@@ -1,0 +1,83 @@
+"""Requests: every range is checked where the value is made, and JSON carries them without loss."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from impasto.errors import InvalidInput
+from impasto.types import LIMITS, GenerationRequest, LoraRef, parse_size
+
+SIDES = st.integers(64, 192).map(lambda cells: cells * 8)
+REQUESTS = st.builds(
+    GenerationRequest,
+    prompt=st.text(min_size=1, max_size=50).filter(str.strip),
+    negative_prompt=st.none() | st.text(max_size=20),
+    width=SIDES,
+    height=SIDES,
+    num_inference_steps=st.integers(1, 50),
+    guidance_scale=st.floats(0, 10),
+    num_images=st.integers(1, 4),
+    seed=st.integers(-1, 9_999_999_999),
+    loras=st.lists(st.builds(LoraRef, st.text(min_size=1), st.floats(0, 4)), max_size=5).map(tuple),
+)
+
+
+@given(REQUESTS)
+def test_a_request_survives_json(request):
+    """What goes into the job store comes out the same."""
+    assert GenerationRequest.from_json(request.to_json()) == request
+
+
+BROKEN = {
+    "prompt": ["", "   ", "x" * (LIMITS.max_prompt_chars + 1)],
+    "negative_prompt": ["x" * (LIMITS.max_prompt_chars + 1)],
+    "width": [504, 1544, 513, 0, -512],
+    "height": [504, 1544, 513],
+    "num_inference_steps": [0, 51, -1],
+    "guidance_scale": [-0.1, 10.1, float("nan"), float("inf")],
+    "num_images": [0, 5],
+    "seed": [-2, 10_000_000_000],
+    "loras": [(LoraRef("a"),) * 6],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BROKEN.items() for value in values])
+def test_each_range_is_enforced_and_named(field, value):
+    """A value past either end is refused with the field's own name."""
+    with pytest.raises(InvalidInput, match=field) as caught:
+        GenerationRequest(**({"prompt": "a fox"} | {field: value}))
+    assert caught.value.field == field
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("width", 512), ("width", 1536), ("height", 520), ("num_inference_steps", 1), ("num_inference_steps", 50),
+        ("guidance_scale", 0), ("guidance_scale", 10), ("num_images", 4), ("seed", -1), ("seed", 9_999_999_999),
+        ("loras", (LoraRef("a"),) * 5), ("negative_prompt", ""),
+    ],
+)  # fmt: skip
+def test_the_ends_of_each_range_are_inside(field, value):
+    """Limits are inclusive."""
+    assert getattr(GenerationRequest(**({"prompt": "a fox"} | {field: value})), field) == value
+
+
+@pytest.mark.parametrize("text", ["768*1024", "768x1024", "768X1024", " 768 * 1024 ", "768×1024"])
+def test_sizes_are_width_then_height(text):
+    """All spellings of a size mean the same."""
+    assert parse_size(text) == (768, 1024)
+
+
+@pytest.mark.parametrize("text", ["", "1024", "1024*", "*1024", "1024*1024*3", "10.5*10", "-512*512", "a*b", "512*9999999"])
+def test_a_malformed_size_says_what_one_looks_like(text):
+    """The message shows the form."""
+    with pytest.raises(InvalidInput, match=r"1024\*1024"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["504*1024", "1024*1544", "1024*1001"])
+def test_a_size_out_of_range_names_the_field(text):
+    """Range and grid are checked for either side."""
+    with pytest.raises(InvalidInput, match="size must be"):
+        parse_size(text)

@@ -1,0 +1,234 @@
+"""The worker's loop over a real store and real files, with the test-pattern backend."""
+
+import io
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from impasto.errors import NotFound
+from impasto.jobs.database import open_database, upgrade
+from impasto.jobs.keys import KeyStore
+from impasto.jobs.outputs import OutputStore
+from impasto.jobs.records import NewJob
+from impasto.jobs.states import Status
+from impasto.jobs.store import JobStore
+from impasto.types import Failed, GenerationRequest, LoraRef
+from impasto.worker.backend import FakeBackend
+from impasto.worker.loop import WorkerLoop
+
+LEASE = 30.0
+
+
+class Rig:
+    """Store, files, and a way to make jobs and loops."""
+
+    def __init__(self, folder):
+        database = open_database(f"sqlite:///{folder / 'jobs.db'}")
+        upgrade(database)
+        self.store = JobStore(database)
+        self.outputs = OutputStore(str(folder / "outputs"))
+        self.folder = folder
+        keys = KeyStore(database)
+        self.key_id = keys.authenticate(keys.create("test")).id
+
+    def submit(self, file_format="png", **fields):
+        request = GenerationRequest(**({"prompt": "a fox", "width": 512, "height": 512} | fields))
+        output = {"format": file_format, "base64": False, "safety_checker": True}
+        job = NewJob("m", {"request": request.to_json(), "output": output}, self.key_id, seed=request.seed)
+        return self.store.create(job, max_queued=100).id
+
+    def loop(self, backend=None, **options):
+        options = {"name": "w1", "lora_dir": self.folder / "loras", "lease_seconds": LEASE} | options
+        return WorkerLoop(self.store, self.outputs, backend or FakeBackend(0), **options)
+
+    def files(self):
+        return [path for path in (self.folder / "outputs").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def rig(tmp_path):
+    return Rig(tmp_path)
+
+
+def drain(loop, turns=500):
+    """Turn the loop until it has nothing to do."""
+    for _ in range(turns):
+        if not loop.turn():
+            return
+    raise AssertionError("the loop never came to rest")
+
+
+@pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
+def test_a_job_becomes_pictures(rig, file_format):
+    """Claim, steps, files, finish: each image is stored in the asked format with its own seed."""
+    job_id = rig.submit(file_format, num_images=3, num_inference_steps=4, seed=10)
+
+    drain(rig.loop())
+
+    job = rig.store.get(job_id)
+    assert job.status is Status.COMPLETED
+    assert [output.seed for output in job.outputs] == [10, 11, 12]
+    assert job.timings["inference"] >= 0
+    for output in job.outputs:
+        picture = Image.open(io.BytesIO(rig.outputs.get(output.blob)))
+        assert picture.format.lower() == file_format
+        assert picture.size == (output.width, output.height) == (512, 512)
+
+
+def test_several_jobs_share_the_backend_within_the_slots(rig):
+    """A loop with two slots holds two jobs at once, no more, and finishes all five."""
+    ids = [rig.submit(num_inference_steps=3, seed=i) for i in range(5)]
+    loop = rig.loop(slots=2)
+    loop.turn()
+    assert sum(rig.store.get(job_id).status is Status.PROCESSING for job_id in ids) == 2
+    drain(loop)
+    assert all(rig.store.get(job_id).status is Status.COMPLETED for job_id in ids)
+
+
+class Failing(FakeBackend):
+    """Fails every request whose prompt says so."""
+
+    def step(self):
+        for request_id, (request, _) in list(self._requests.items()):
+            if "boom" in request.prompt:
+                self.cancel(request_id)
+                return [Failed(request_id, RuntimeError("secret /path of the server"))]
+        return super().step()
+
+
+def test_one_failing_job_fails_alone_and_tells_no_secrets(rig):
+    """The other job completes; the failed one says so without the internal message."""
+    good, bad = rig.submit(num_inference_steps=3, seed=1), rig.submit(prompt="boom", seed=2)
+
+    drain(rig.loop(Failing(0)))
+
+    assert rig.store.get(good).status is Status.COMPLETED
+    failed = rig.store.get(bad)
+    assert failed.status is Status.FAILED
+    assert "RuntimeError" in failed.error
+    assert "secret" not in failed.error
+
+
+def test_a_lora_is_found_by_name_inside_its_folder_only(rig):
+    """``owner/name`` is a file below the LoRA folder; nothing outside it can be named."""
+    folder = rig.folder / "loras" / "me"
+    folder.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, folder / "pixel.safetensors")
+    save_file({"x": torch.zeros(1)}, rig.folder / "outside.safetensors")
+    seen = []
+
+    class Watching(FakeBackend):
+        def submit(self, request, request_id=None):
+            seen.append(request.loras)
+            return super().submit(request, request_id)
+
+    for name in ("me/pixel", "me/pixel.safetensors"):
+        job_id = rig.submit(loras=(LoraRef(name, 0.5),), num_inference_steps=1, seed=1)
+        drain(rig.loop(Watching(0)))
+        assert rig.store.get(job_id).status is Status.COMPLETED
+        assert seen.pop() == (LoraRef(str(folder / "pixel.safetensors"), 0.5),)
+
+    for name in ("../outside", str(rig.folder / "outside.safetensors"), "nerijs/pixel-art-xl", "", "*"):
+        job_id = rig.submit(loras=(LoraRef(name),), seed=1)
+        drain(rig.loop(Watching(0)))
+        failed = rig.store.get(job_id)
+        assert failed.status is Status.FAILED
+        assert failed.error.startswith("loras.0.path"), failed.error
+    assert seen == []
+
+
+def test_a_cancelled_job_is_dropped_at_the_next_step_and_its_files_deleted(rig):
+    """Cancel reaches the running job with the next heartbeat; nothing of it stays on disk."""
+    job_id = rig.submit(num_inference_steps=50, seed=1)
+    loop = rig.loop()
+    loop.turn()
+    rig.store.cancel(job_id, rig.key_id)
+
+    loop._beat()
+    loop.turn()
+
+    assert rig.store.get(job_id).status is Status.CANCELLED
+    assert not loop.turn()
+    assert rig.files() == []
+
+
+def test_progress_travels_with_the_heartbeat(rig):
+    """After a beat the job says how many steps are done."""
+    job_id = rig.submit(num_inference_steps=50, seed=1)
+    loop = rig.loop()
+    for _ in range(3):
+        loop.turn()
+    loop._beat()
+    assert rig.store.get(job_id).progress == {"step": 3, "total": 50}
+
+
+def test_a_worker_that_lost_its_lease_publishes_nothing(rig):
+    """Its late pictures are deleted and the successor's are the ones to see."""
+    job_id = rig.submit(num_inference_steps=2, seed=5)
+    zombie = rig.loop(lease_seconds=0.01)
+    zombie.turn()
+    time.sleep(0.05)
+    rig.store.reap(max_attempts=3)
+
+    drain(rig.loop(name="w2"))
+    before = rig.store.get(job_id)
+    drain(zombie)
+
+    assert rig.store.get(job_id) == before
+    assert before.status is Status.COMPLETED
+    assert "/2-" in before.outputs[0].blob
+    assert len(rig.files()) == 1
+
+
+def test_a_job_whose_picture_cannot_be_stored_fails_and_the_worker_goes_on(rig, monkeypatch):
+    """A full disk is the job's end, not the worker's."""
+    first, second = rig.submit(num_inference_steps=1, seed=1), rig.submit(num_inference_steps=1, seed=2)
+    put = rig.outputs.put
+
+    def full_once(job_id, *rest):
+        if job_id == first:
+            raise OSError(28, "No space left on device")
+        return put(job_id, *rest)
+
+    monkeypatch.setattr(rig.outputs, "put", full_once)
+    drain(rig.loop())
+    assert rig.store.get(first).status is Status.FAILED
+    assert rig.store.get(second).status is Status.COMPLETED
+
+
+def test_stop_hands_unfinished_jobs_back(rig):
+    """A stopped worker's job is in the queue again, as if it had never been taken."""
+    job_id = rig.submit(num_inference_steps=50, seed=1)
+    loop = rig.loop(FakeBackend(0.01))
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while rig.store.get(job_id).status is not Status.PROCESSING and time.monotonic() < deadline:
+        time.sleep(0.01)
+    loop.stop()
+    thread.join(10)
+
+    assert rig.store.get(job_id).status is Status.CREATED
+    drain(rig.loop(name="w2"))
+    assert rig.store.get(job_id).status is Status.COMPLETED
+
+
+def test_an_idle_worker_wakes_for_a_new_job(rig):
+    """No fixed pause stands between submit and start."""
+    loop = rig.loop()
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    time.sleep(0.3)
+    submitted = time.monotonic()
+    job_id = rig.submit(num_inference_steps=1, seed=1)
+    while rig.store.get(job_id).status is not Status.COMPLETED and time.monotonic() < submitted + 10:
+        time.sleep(0.01)
+    loop.stop()
+    thread.join(10)
+    assert rig.store.get(job_id).status is Status.COMPLETED
+    with pytest.raises(NotFound):
+        rig.outputs.get("0" * 32 + "/1-" + "0" * 32 + "/0.png")
