@@ -17,7 +17,7 @@ def save_random_sdxl(folder: Path, seed: int = 0) -> Path:
     tokenizer = character_tokenizer()
     pipeline = StableDiffusionXLPipeline(
         vae=AutoencoderKL(
-            block_out_channels=(8, 16, 16, 16),
+            block_out_channels=(4, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=4,
@@ -44,7 +44,11 @@ def save_random_sdxl(folder: Path, seed: int = 0) -> Path:
             cross_attention_dim=40,
         ),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,

@@ -17,7 +17,6 @@ from impasto.errors import InvalidInput
 from impasto.types import OutputFormat
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 # Quality over size: these are originals, not thumbnails.
 _SAVE_OPTIONS: dict[OutputFormat, dict[str, Any]] = {
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},

@@ -30,7 +30,8 @@ class Bounds:
     def check(self, field_path: str, value: float) -> None:
         """Raise ``InvalidInput`` naming ``field_path`` unless ``low <= value <= high`` (NaN fails too)."""
         if not self.low <= value <= self.high:
-            raise InvalidInput(field_path, f"must be between {self.low:g} and {self.high:g}, got {value:g}")
+            low, high = (int(end) if end == int(end) else end for end in (self.low, self.high))
+            raise InvalidInput(field_path, f"must be between {low} and {high}, got {str(value)[:40]}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ def engine(model_folder):
 
 
 def request(prompt="a fox", **fields) -> GenerationRequest:
-    return GenerationRequest(**({"prompt": prompt, "width": 512, "height": 512, "num_inference_steps": 3, "seed": 1} | fields))
+    return GenerationRequest(
+        **({"prompt": prompt, "width": 512, "height": 512, "num_inference_steps": 3, "seed": 1} | fields)
+    )
 
 
 def run(engine, *requests) -> dict[str, list]:
@@ -196,7 +198,9 @@ def test_an_euler_step_must_lower_the_noise():
         euler_step(x, x, torch.tensor([1.0]), torch.tensor([1.0]))
 
 
-@pytest.mark.parametrize("field", [{"prediction_type": "v_prediction"}, {"timestep_spacing": "odd"}, {"beta_schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "field", [{"prediction_type": "v_prediction"}, {"timestep_spacing": "odd"}, {"beta_schedule": "cosine"}]
+)
 def test_a_schedule_we_cannot_follow_is_an_error(field):
     """Never a silently wrong picture."""
     with pytest.raises(ModelError, match=next(iter(field))):

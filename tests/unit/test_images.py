@@ -35,7 +35,9 @@ def test_png_is_lossless(picture):
     assert np.array_equal(np.asarray(decoded), np.asarray(picture))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("a.png", "png"), ("a.JPG", "jpeg"), ("a.jpeg", "jpeg"), ("a.webp", "webp")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a.png", "png"), ("a.JPG", "jpeg"), ("a.jpeg", "jpeg"), ("a.webp", "webp")]
+)
 def test_the_extension_names_the_format(name, expected):
     """Upper and lower case."""
     assert format_of(Path(name)) == expected

@@ -248,7 +248,10 @@ def test_files_that_do_not_work_are_refused_with_the_reason(tmp_path):
     good, _ = kohya(tmp_path / "good.safetensors")
     seen = 0
     for name, path, phrase in bad_files(tmp_path):
-        with pytest.raises(LoraError, match=phrase) as caught, adapters.active([LoraRef(str(good)), LoraRef(str(path))]):
+        with (
+            pytest.raises(LoraError, match=phrase) as caught,
+            adapters.active([LoraRef(str(good)), LoraRef(str(path))]),
+        ):
             raise AssertionError(f"{name} was accepted")
         assert caught.value.field == "loras.1.path", name
         assert identical(before, snapshot(network)), name

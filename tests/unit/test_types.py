@@ -69,7 +69,9 @@ def test_sizes_are_width_then_height(text):
     assert parse_size(text) == (768, 1024)
 
 
-@pytest.mark.parametrize("text", ["", "1024", "1024*", "*1024", "1024*1024*3", "10.5*10", "-512*512", "a*b", "512*9999999"])
+@pytest.mark.parametrize(
+    "text", ["", "1024", "1024*", "*1024", "1024*1024*3", "10.5*10", "-512*512", "a*b", "512*9999999"]
+)
 def test_a_malformed_size_says_what_one_looks_like(text):
     """The message shows the form."""
     with pytest.raises(InvalidInput, match=r"1024\*1024"):

@@ -29,7 +29,8 @@ from impasto.worker.backend import Backend
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
-BEATS_PER_LEASE = 4
+BEAT_SECONDS = 1.0  # between heartbeats, which carry progress out and cancellations in
+BEATS_PER_LEASE = 4  # at least
 STALL_LEASES = 20  # a backend that has not moved for this many leases no longer keeps its jobs
 
 
@@ -222,8 +223,8 @@ class WorkerLoop:
             self._discard(running)
 
     def _keep_leases(self) -> None:
-        """Renew the leases a few times a lease, from its own thread: a step may take longer than a lease."""
-        while not self._stopping.wait(self._lease_seconds / BEATS_PER_LEASE):
+        """Send heartbeats from a thread of their own: a step may take longer than a lease."""
+        while not self._stopping.wait(min(BEAT_SECONDS, self._lease_seconds / BEATS_PER_LEASE)):
             if time.monotonic() - self._moved > STALL_LEASES * self._lease_seconds:
                 log.error("the backend has not moved for %d leases; letting its jobs go", STALL_LEASES)
                 continue

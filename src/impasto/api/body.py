@@ -1,0 +1,66 @@
+"""Reading a JSON request body under a size limit.
+
+Knows bytes, JSON and the limit. Knows nothing of fields. Too large, malformed, endlessly nested or not-a-number
+bodies end here as one of our errors, with at most the limit ever held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from fastapi import Request
+
+from impasto.errors import InvalidInput, PayloadTooLarge
+
+WHOLE_BODY = ""  # the JSON pointer of the document itself
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body's bytes; stop at the first byte over ``limit``, announced or not.
+
+    What the client still sends after the refusal is thrown away by the server as it arrives, so a client that
+    writes its whole body before it reads sees the answer and not a broken connection.
+
+    Raises:
+        PayloadTooLarge: The body is longer than ``limit`` bytes.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``body``, whatever its content type was said to be.
+
+    Raises:
+        InvalidInput: Not JSON, JSON with NaN or infinity, or not an object; the position is in the message.
+    """
+    try:
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(WHOLE_BODY, f"not UTF-8 text at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise InvalidInput(WHOLE_BODY, f"not valid JSON at {place}: {error.msg}") from None
+    except RecursionError:
+        raise InvalidInput(WHOLE_BODY, "not valid JSON: nested too deeply") from None
+    except ValueError:
+        raise InvalidInput(WHOLE_BODY, "not valid JSON: a number has too many digits") from None
+    if not isinstance(value, dict):
+        raise InvalidInput(WHOLE_BODY, "must be a JSON object")
+    return value
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise InvalidInput(WHOLE_BODY, f"not valid JSON: {word} is not a JSON number")
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"request body too large: at most {limit} bytes are taken")

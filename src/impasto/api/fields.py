@@ -1,0 +1,294 @@
+"""The kinds of request fields: how a JSON value of each kind is checked, and how it is described in JSON Schema.
+
+Knows JSON values, ranges and the words for "wrong". Knows nothing of HTTP, of which model has which field
+(``models.py``) or of what a value is used for (``submission.py``). Checking and describing sit side by side in one
+class, so the published schema cannot drift from what is really accepted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+from impasto.errors import InvalidInput
+from impasto.types import LIMITS, Bounds, LoraRef, check_prompt, parse_size
+
+Schema = dict[str, Any]
+
+_JSON_NAMES: Mapping[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+class Field(Protocol):
+    """One named value of a request; ``null`` never reaches ``read``, because it means "not given"."""
+
+    @property
+    def name(self) -> str:
+        """The key in the request body."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One sentence for the published schema and the docs."""
+        ...
+
+    @property
+    def default(self) -> Any:
+        """The value used when the field is not given."""
+        ...
+
+    def read(self, value: object, path: str) -> Any:
+        """Return the checked value, or raise ``InvalidInput`` for ``path``."""
+        ...
+
+    def schema(self) -> Schema:
+        """Return the JSON Schema of the field."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A string that can be stored and encoded everywhere: no NUL, no half of a surrogate pair."""
+
+    name: str
+    description: str
+    default: str | None = None
+    max_chars: int = LIMITS.max_prompt_chars
+
+    def read(self, value: object, path: str) -> str:
+        """Return the string itself."""
+        text = _text(value, path)
+        check_prompt(path, text)
+        return text
+
+    def schema(self) -> Schema:
+        """A string with its greatest length."""
+        return _described(self, type="string", maxLength=self.max_chars)
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """A string field that is part of the form but not served by this version: only the empty string is taken."""
+
+    name: str
+    description: str
+    default: str = ""
+
+    def read(self, value: object, path: str) -> str:
+        """Return ``""``, or refuse: ignoring a start image silently would answer with the wrong picture."""
+        if _text(value, path):
+            raise InvalidInput(path, "is not available yet: this version makes pictures from text only")
+        return ""
+
+    def schema(self) -> Schema:
+        """A string that must be empty."""
+        return _described(self, type="string", maxLength=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """A whole number in a range; ``30.0`` is one, ``"30"``, ``30.5`` and ``true`` are not."""
+
+    name: str
+    description: str
+    bounds: Bounds
+    optional: bool = False  # no default of its own: absent stays absent
+
+    @property
+    def default(self) -> int | None:
+        """The default of the range."""
+        return None if self.optional else int(self.bounds.default)
+
+    def read(self, value: object, path: str) -> int:
+        """Return the number as an ``int``."""
+        number = _number(value, path, "an integer")
+        if isinstance(number, float) and not number.is_integer():
+            raise InvalidInput(path, f"must be an integer, got {shown(value)}")
+        return int(_in_range(number, self.bounds, path))
+
+    def schema(self) -> Schema:
+        """An integer with both ends of its range."""
+        return _described(self, type="integer", minimum=int(self.bounds.low), maximum=int(self.bounds.high))
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A finite number in a range."""
+
+    name: str
+    description: str
+    bounds: Bounds
+
+    @property
+    def default(self) -> float:
+        """The default of the range."""
+        return self.bounds.default
+
+    def read(self, value: object, path: str) -> float:
+        """Return the number as a ``float``."""
+        return float(_in_range(_number(value, path, "a number"), self.bounds, path))
+
+    def schema(self) -> Schema:
+        """A number with both ends of its range."""
+        return _described(self, type="number", minimum=self.bounds.low, maximum=self.bounds.high)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """``true`` or ``false``; nothing else is taken for either."""
+
+    name: str
+    description: str
+    default: bool = False
+
+    def read(self, value: object, path: str) -> bool:
+        """Return the boolean itself."""
+        if not isinstance(value, bool):
+            raise InvalidInput(path, f"must be true or false, got {shown(value)}")
+        return value
+
+    def schema(self) -> Schema:
+        """A boolean."""
+        return _described(self, type="boolean")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few words, compared without case; ``aliases`` maps other spellings to the word meant.
+
+    A word of ``later`` is known from the hosted form but not served by this version, and is refused by name.
+    """
+
+    name: str
+    description: str
+    default: str
+    words: tuple[str, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    later: tuple[str, ...] = ()
+
+    def read(self, value: object, path: str) -> str:
+        """Return the word in its own spelling."""
+        text = _text(value, path)
+        spelling = {alias.lower(): word for alias, word in self.aliases}
+        spelling |= {word.lower(): word for word in (*self.words, *self.later)}
+        word = spelling.get(text.lower())
+        if word in self.words:
+            return word
+        taken = " or ".join(self.words) if len(self.words) < 3 else "one of " + ", ".join(self.words)
+        if word is not None:
+            raise InvalidInput(path, f"{shown(text)} is not available yet; this version has {taken}")
+        raise InvalidInput(path, f"must be {taken}, got {shown(text)}")
+
+    def schema(self) -> Schema:
+        """The words that are served."""
+        return _described(self, type="string", enum=list(self.words))
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and height in one string, ``"W*H"``; ``"WxH"`` is taken as well."""
+
+    name: str
+    description: str
+    default: str = f"{LIMITS.side.default:g}*{LIMITS.side.default:g}"
+
+    def read(self, value: object, path: str) -> tuple[int, int]:
+        """Return ``(width, height)`` in pixels."""
+        return parse_size(_text(value, path), path)
+
+    def schema(self) -> Schema:
+        """A string; ``minimum``, ``maximum`` and ``multipleOf`` speak of each side, as form builders read them."""
+        side = {"minimum": int(LIMITS.side.low), "maximum": int(LIMITS.side.high), "multipleOf": LIMITS.side_multiple}
+        return _described(self, type="string", pattern=r"^\s*\d{3,4}\s*[*xX×]\s*\d{3,4}\s*$", **side)
+
+
+@dataclass(frozen=True, slots=True)
+class Loras:
+    """The LoRAs to apply, each ``{"path", "scale"}``."""
+
+    name: str
+    description: str
+    max_items: int = LIMITS.max_loras
+    ITEM: ClassVar[str] = 'an object {"path", "scale"}'
+
+    @property
+    def default(self) -> list[object]:
+        """No LoRA."""
+        return []
+
+    def read(self, value: object, path: str) -> tuple[LoraRef, ...]:
+        """Return the LoRAs in the order given."""
+        if not isinstance(value, list):
+            raise InvalidInput(path, f"must be an array of objects {{path, scale}}, got {shown(value)}")
+        if len(value) > self.max_items:
+            raise InvalidInput(path, f"takes at most {self.max_items} items, got {len(value)}")
+        return tuple(self._item(item, f"{path}.{index}") for index, item in enumerate(value))
+
+    def _item(self, item: object, path: str) -> LoraRef:
+        if not isinstance(item, dict):
+            raise InvalidInput(path, f"must be {self.ITEM}, got {shown(item)}")
+        if item.get("path") is None:
+            raise InvalidInput(f"{path}.path", 'property "path" is missing')
+        where = _text(item["path"], f"{path}.path").strip()
+        if not where:
+            raise InvalidInput(f"{path}.path", "must not be empty")
+        check_prompt(f"{path}.path", where)
+        scale = item.get("scale")
+        return LoraRef(where, LIMITS.lora_scale.default if scale is None else SCALE.read(scale, f"{path}.scale"))
+
+    def schema(self) -> Schema:
+        """An array of objects with a path and a scale."""
+        location = {"type": "string", "minLength": 1, "description": "Its name on the server, or owner/name."}
+        item = {"type": "object", "required": ["path"], "properties": {"path": location, "scale": SCALE.schema()}}
+        return _described(self, type="array", maxItems=self.max_items, items=item)
+
+
+SCALE: Final = Number("scale", "How strongly it is applied.", LIMITS.lora_scale)
+
+
+def shown(value: object) -> str:
+    """Return a short, printable picture of a JSON value for an error message; containers only by their kind."""
+    if isinstance(value, (str, int, float, bool)):
+        text = json.dumps(value[:50] if isinstance(value, str) else value)
+        return text if len(text) <= 43 else f"{text[:40]}…"
+    return _JSON_NAMES.get(type(value), "something else")
+
+
+def _text(value: object, path: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput(path, f"must be a string, got {shown(value)}")
+    if "\x00" in value:
+        raise InvalidInput(path, "must not contain NUL characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(path, "is not valid Unicode text: it has half of a surrogate pair") from None
+    return value
+
+
+def _number(value: object, path: str, wanted: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInput(path, f"must be {wanted}, got {shown(value)}")
+    return value
+
+
+def _in_range(number: int | float, bounds: Bounds, path: str) -> int | float:
+    """Check without ``Bounds.check``: its message rounds to six digits, and a huge integer has no float form."""
+    if not bounds.low <= number <= bounds.high:
+        low, high = (int(end) if end == int(end) else end for end in (bounds.low, bounds.high))
+        raise InvalidInput(path, f"must be between {low} and {high}, got {shown(number)}")
+    return number
+
+
+def _described(field: Field, **keywords: Any) -> Schema:
+    default = {} if field.default is None else {"default": field.default}
+    return {**keywords, **default, "description": field.description}

@@ -1,0 +1,80 @@
+"""The answers on the wire: prediction object, success envelope, error body.
+
+Knows names and types, as the compatible clients decode them: lists are always lists, ``error`` is always a string,
+``executionTime`` is always an integer. Knows nothing of where the values come from (``view.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PublicStatus = Literal["created", "processing", "completed", "failed"]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Urls(_Wire):
+    """Where to go next."""
+
+    get: str = Field(description="Absolute URL of the result; needs the key.")
+
+
+class Steps(_Wire):
+    """How far a running prediction is."""
+
+    step: int
+    total: int
+
+
+class Prediction(_Wire):
+    """One submitted request and what became of it."""
+
+    id: str = Field(pattern="^[0-9a-f]{32}$")
+    model: str
+    outputs: list[str] = Field(description="URLs, readable without a key, or base64; empty unless completed.")
+    urls: Urls
+    has_nsfw_contents: list[bool] = Field(description="One for each output.")
+    status: PublicStatus
+    created_at: str = Field(description="RFC 3339, UTC, milliseconds.", examples=["2026-01-02T03:04:05.678Z"])
+    error: str = Field(description="Empty unless failed.")
+    execution_time: int = Field(alias="executionTime", description="Milliseconds of work.")
+    timings: dict[str, int] = Field(description="Milliseconds; `inference` is always there.")
+    seed: int = Field(description="The seed in use, also when the request left it to us.")
+    progress: Steps | None = Field(None, description="Only while processing.")
+    code: int | None = Field(None, description="Why it failed (1403, 1405), or 5004: a synchronous wait ran out.")
+
+
+class Envelope(_Wire):
+    """A success: HTTP 200 and ``code`` 200."""
+
+    code: Literal[200] = 200
+    message: Literal["success"] = "success"
+    data: Prediction
+
+
+class ErrorBody(_Wire):
+    """A refusal: ``code`` is the HTTP status; ``message`` and ``error`` are the same text."""
+
+    code: int
+    message: str
+    error: str
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the refusals of a route for OpenAPI; "default" keeps the framework from promising its own 422."""
+    known: dict[int | str, str] = {status: _MEANING[status] for status in statuses}
+    known["default"] = "Any other refusal."
+    return {status: {"model": ErrorBody, "description": meaning} for status, meaning in known.items()}
+
+
+_MEANING: Final = {
+    400: "A wrong value; the message names the field by its JSON pointer.",
+    401: "No key, or an unknown one.",
+    404: "No such thing, or not yours.",
+    413: "The body is too large.",
+    429: "Too many of this key's jobs are waiting; see Retry-After.",
+}

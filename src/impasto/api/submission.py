@@ -1,0 +1,91 @@
+"""From a request body to a job.
+
+Knows the form of a served model, what "not given" means, and what the store wants. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from impasto.api.fields import Loras
+from impasto.api.models import ALIASES, ServedModel
+from impasto.errors import InvalidInput
+from impasto.jobs.records import NewJob
+from impasto.types import LIMITS, GenerationRequest
+
+DEFAULT_PICTURE: Final = LIMITS.num_inference_steps.default * LIMITS.side.default**2  # steps x pixels
+DRAWN_SEEDS: Final = 2**32  # a drawn seed is below this, so that every other tool can take it too
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A checked request: every field of the form with its value, ``seed`` already drawn."""
+
+    model: ServedModel
+    values: Mapping[str, Any]
+    as_sent: Mapping[str, Any]  # the known fields as the client wrote them, without keys of its own
+
+    @classmethod
+    def read(cls, model: ServedModel, body: Mapping[str, Any]) -> Submission:
+        """Check ``body`` against the model's form.
+
+        ``null`` is "not given" and unknown keys are ignored: real clients send both. ``enable_base64_output``
+        is false unless asked for, on every route: the hosted form's documents disagree with each other about
+        its default, and every client expects URLs when it asked for nothing.
+
+        Raises:
+            InvalidInput: A value is wrong or a required one is missing; ``field`` is its path.
+        """
+        given = {name: value for name, value in body.items() if value is not None}
+        values: dict[str, Any] = {}
+        as_sent: dict[str, Any] = {}
+        for field in model.fields:
+            values[field.name] = None if field.default is None else field.read(field.default, field.name)
+            spellings = [alias for alias, name in ALIASES.items() if name == field.name]
+            for name in (*spellings, field.name):
+                if name in given:
+                    value = values[field.name] = field.read(given[name], name)
+                    as_sent[name] = [asdict(lora) for lora in value] if isinstance(field, Loras) else given[name]
+        for name in model.required:
+            if name not in given:
+                raise InvalidInput(name, f'property "{name}" is missing')
+        if values["seed"] < 0:
+            values["seed"] = secrets.randbelow(DRAWN_SEEDS)
+        return cls(model, values, as_sent)
+
+    @property
+    def sync(self) -> bool:
+        """Whether the client wants the request held until the job is done."""
+        return bool(self.values["enable_sync_mode"])
+
+    def to_request(self) -> GenerationRequest:
+        """Return what the engine is asked for."""
+        names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "num_images", "seed")
+        request = GenerationRequest(**{name: self.values[name] for name in names})
+        width, height = self.values["size"]
+        return replace(request, width=width, height=height, loras=tuple(self.values["loras"]))
+
+    def to_job(self, key_id: str) -> NewJob:
+        """Return the row for the store; its ``cost`` counts steps x pixels x images, in default pictures."""
+        request = self.to_request()
+        values = self.values
+        work = request.num_inference_steps * request.width * request.height * request.num_images
+        return NewJob(
+            model=self.model.id,
+            input={
+                "request": request.to_json(),
+                "output": {
+                    "format": values["output_format"],
+                    "base64": values["enable_base64_output"],
+                    "safety_checker": values["enable_safety_checker"],
+                },
+                "as_sent": dict(self.as_sent),
+            },
+            key_id=key_id,
+            seed=request.seed,
+            cost=work / DEFAULT_PICTURE,
+            lora_key=tuple(f"{lora.path}@{lora.scale:g}" for lora in request.loras),
+        )
