@@ -1,4 +1,4 @@
-"""A tiny SDXL with random weights, saved as a diffusers folder: real classes and names, no training, loads in a second."""
+"""A tiny SDXL with random weights, saved as a diffusers folder: real classes and names, loads in a second."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ import typer
 
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError, ImpastoError, InvalidInput
-from impasto.types import GenerationRequest, ImageReady, LoraRef, Progress, parse_size
+from impasto.types import GenerationRequest, ImageReady, LoraRef, Progress, parse_size, scheduler_name
 
 if TYPE_CHECKING:
     from impasto.jobs.keys import KeyStore
@@ -108,6 +108,7 @@ def generate(
     size: Annotated[str | None, _setting(GenerateSettings, "size")] = None,
     steps: Annotated[int | None, _setting(GenerateSettings, "steps")] = None,
     guidance: Annotated[float | None, _setting(GenerateSettings, "guidance")] = None,
+    scheduler: Annotated[str | None, _setting(GenerateSettings, "scheduler")] = None,
     seed: Annotated[int | None, _setting(GenerateSettings, "seed")] = None,
     count: Annotated[int | None, _setting(GenerateSettings, "count")] = None,
     lora: Annotated[list[str] | None, _setting(GenerateSettings, "lora")] = None,
@@ -141,6 +142,7 @@ def generate(
         guidance_scale=settings.guidance,
         num_images=settings.count,
         seed=settings.seed,
+        scheduler=scheduler_name(settings.scheduler),
         loras=tuple(_lora(text, i) for i, text in enumerate(settings.lora)),
     )
     _draw(request, settings, output)

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
-from impasto.types import LIMITS
+from impasto.types import LIMITS, SCHEDULERS
 
 PREFIX = "IMPASTO_"
 CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
@@ -126,6 +126,7 @@ class GenerateSettings(_Layered):
     size: str | None = Field(None, description="W*H in pixels. Unset: what the model draws best.")
     steps: int = Field(int(LIMITS.num_inference_steps.default), description="Denoising steps.")
     guidance: float = Field(LIMITS.guidance_scale.default, description="Pull of the prompt; 0 and 1: off.")
+    scheduler: str = Field(SCHEDULERS[0], description=f"Sampler: {', '.join(SCHEDULERS)}.")
     seed: int = Field(int(LIMITS.seed.default), description="Same seed, same picture; -1 draws one.")
     count: int = Field(int(LIMITS.num_images.default), description="Pictures to make, with seeds seed, seed+1, …")
     lora: list[str] = Field([], description="PATH or PATH:SCALE, up to five times.")

@@ -18,6 +18,25 @@ if TYPE_CHECKING:
 OutputFormat = Literal["png", "jpeg", "webp"]
 OUTPUT_FORMATS: Final[tuple[OutputFormat, ...]] = ("png", "jpeg", "webp")
 
+SCHEDULERS: Final = (  # samplers by their own names, the default first; what they do is in engine/samplers
+    "euler", "euler_karras", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras", "dpmpp_2s", "dpmpp_sde", "unipc", "lms", "lms_karras", "pndm", "lcm", "tcd",
+)  # fmt: skip
+SCHEDULER_ALIASES: Final = {  # spellings of other services and tools, compared without case
+    "k_euler": "euler", "eulerdiscrete": "euler", "eulerdiscretescheduler": "euler",
+    "k_euler_ancestral": "euler_a", "euler_ancestral": "euler_a", "eulerancestraldiscretescheduler": "euler_a",
+    "heundiscrete": "heun", "heundiscretescheduler": "heun",
+    "ddimscheduler": "ddim",
+    "dpmsolvermultistep": "dpmpp_2m", "dpmsolvermultistepscheduler": "dpmpp_2m", "dpm++ 2m": "dpmpp_2m",
+    "dpm++ 2m karras": "dpmpp_2m_karras", "karrasdpm": "dpmpp_2m_karras",
+    "dpm++ 2m sde": "dpmpp_2m_sde", "dpm++ 2m sde karras": "dpmpp_2m_sde_karras",
+    "dpmsolversinglestep": "dpmpp_2s", "dpmsolversinglestepscheduler": "dpmpp_2s", "dpm++ sde": "dpmpp_sde",
+    "unipcmultistep": "unipc", "unipcmultistepscheduler": "unipc",
+    "k_lms": "lms", "lmsdiscretescheduler": "lms",
+    "pndmscheduler": "pndm", "plms": "pndm",
+    "lcmscheduler": "lcm", "tcdscheduler": "tcd",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -44,6 +63,7 @@ class Limits:
     guidance_scale: Bounds = Bounds(0, 10, 5)
     num_images: Bounds = Bounds(1, 4, 1)
     seed: Bounds = Bounds(-1, 9_999_999_999, -1)  # -1 draws one
+    guidance_rescale: Bounds = Bounds(0, 1, 0)
     strength: Bounds = Bounds(0.01, 1, 0.8)
     lora_scale: Bounds = Bounds(0, 4, 1)
     max_loras: int = 5
@@ -81,6 +101,8 @@ class GenerationRequest:
     num_images: int = int(LIMITS.num_images.default)
     seed: int = int(LIMITS.seed.default)
     loras: tuple[LoraRef, ...] = ()
+    scheduler: str = SCHEDULERS[0]
+    guidance_rescale: float = LIMITS.guidance_rescale.default
 
     def __post_init__(self) -> None:
         check_prompt("prompt", self.prompt)
@@ -90,9 +112,11 @@ class GenerationRequest:
             check_prompt("negative_prompt", self.negative_prompt)
         for side, value in (("width", self.width), ("height", self.height)):
             check_side(side, value)
-        for name in ("num_inference_steps", "guidance_scale", "num_images", "seed"):
+        for name in ("num_inference_steps", "guidance_scale", "num_images", "seed", "guidance_rescale"):
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
+        if self.scheduler not in SCHEDULERS:
+            raise InvalidInput("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
         if len(self.loras) > LIMITS.max_loras:
             raise InvalidInput("loras", f"takes at most {LIMITS.max_loras} items, got {len(self.loras)}")
 
@@ -106,6 +130,19 @@ class GenerationRequest:
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         known["loras"] = tuple(LoraRef(**lora) for lora in data.get("loras", ()))
         return cls(**known)
+
+
+def scheduler_name(text: str, field_path: str = "scheduler") -> str:
+    """Return our name of a sampler from any known spelling, upper or lower case.
+
+    Raises:
+        InvalidInput: No such sampler; the message lists them.
+    """
+    name = text.strip().lower()
+    name = SCHEDULER_ALIASES.get(name, name)
+    if name not in SCHEDULERS:
+        raise InvalidInput(field_path, f"must be one of {', '.join(SCHEDULERS)}, got {text[:40]!r}")
+    return name
 
 
 def check_prompt(field_path: str, text: str) -> None:

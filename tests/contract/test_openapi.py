@@ -75,7 +75,7 @@ def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:
         "enable_safety_checker": True,
         "enable_sync_mode": False,
         "output_format": "png",
-        "scheduler": "K_EULER",
+        "scheduler": "euler",
         "refine": "no_refiner",
         "high_noise_frac": 0.8,
     }

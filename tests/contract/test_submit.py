@@ -158,6 +158,8 @@ def test_the_ends_of_every_range_are_taken(
         {"size": "1536x512"},
         {"scheduler": "K_EULER"},
         {"scheduler": "Euler"},
+        {"scheduler": "DPMSolverMultistep"},
+        {"scheduler": "KarrasDPM"},
         {"refine": "no_refiner", "high_noise_frac": 0.8, "refine_steps": 1},
         {"output_format": "jpg"},
     ],

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from impasto.errors import InvalidInput
-from impasto.types import LIMITS, GenerationRequest, LoraRef, parse_size
+from impasto.types import LIMITS, SCHEDULER_ALIASES, SCHEDULERS, GenerationRequest, LoraRef, parse_size, scheduler_name
 
 SIDES = st.integers(64, 192).map(lambda cells: cells * 8)
 REQUESTS = st.builds(
@@ -18,6 +18,8 @@ REQUESTS = st.builds(
     guidance_scale=st.floats(0, 10),
     num_images=st.integers(1, 4),
     seed=st.integers(-1, 9_999_999_999),
+    scheduler=st.sampled_from(SCHEDULERS),
+    guidance_rescale=st.floats(0, 1),
     loras=st.lists(st.builds(LoraRef, st.text(min_size=1), st.floats(0, 4)), max_size=5).map(tuple),
 )
 
@@ -38,6 +40,8 @@ BROKEN = {
     "num_images": [0, 5],
     "seed": [-2, 10_000_000_000],
     "loras": [(LoraRef("a"),) * 6],
+    "scheduler": ["", "Euler", "nonsense"],
+    "guidance_rescale": [-0.1, 1.1],
 }
 
 
@@ -69,9 +73,7 @@ def test_sizes_are_width_then_height(text):
     assert parse_size(text) == (768, 1024)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1024", "1024*", "*1024", "1024*1024*3", "10.5*10", "-512*512", "a*b", "512*9999999"]
-)
+@pytest.mark.parametrize("text", ["", "1024", "1024*", "*1024", "1024*1024*3", "10.5*10", "-512*512", "a*b", "512*9e9"])
 def test_a_malformed_size_says_what_one_looks_like(text):
     """The message shows the form."""
     with pytest.raises(InvalidInput, match=r"1024\*1024"):
@@ -83,3 +85,23 @@ def test_a_size_out_of_range_names_the_field(text):
     """Range and grid are checked for either side."""
     with pytest.raises(InvalidInput, match="size must be"):
         parse_size(text)
+
+
+def test_every_alias_of_a_scheduler_leads_to_one():
+    """Other tools' spellings are lower case here and mean something."""
+    assert set(SCHEDULER_ALIASES.values()) <= set(SCHEDULERS)
+    assert all(alias == alias.lower() and alias not in SCHEDULERS for alias in SCHEDULER_ALIASES)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("K_EULER", "euler"), ("DPM++ 2M Karras", "dpmpp_2m_karras"), (" ddim ", "ddim"), ("LCM", "lcm")]
+)
+def test_schedulers_are_found_by_any_spelling(text, name):
+    """Other services' names and ours, upper or lower case."""
+    assert scheduler_name(text) == name
+
+
+def test_an_unknown_scheduler_lists_the_known_ones():
+    """The message is the help."""
+    with pytest.raises(InvalidInput, match=r"scheduler must be one of euler, .* got 'magic'"):
+        scheduler_name("magic")

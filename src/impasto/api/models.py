@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from impasto.api.fields import Choice, Field, Flag, Integer, Loras, NotYet, Number, Schema, Size, Text
-from impasto.types import LIMITS, OUTPUT_FORMATS, Bounds
+from impasto.types import LIMITS, OUTPUT_FORMATS, SCHEDULER_ALIASES, SCHEDULERS, Bounds
 
 VERSIONS: Final = ("v2", "v3")  # of the hosted API; they differ in their paths alone
 ALIASES: Final = {"prompt_strength": "strength"}  # other spellings of a field; the field's own name wins
@@ -41,11 +41,10 @@ _FORM: Final[tuple[Field, ...]] = (
     Choice("output_format", "File format of the pictures.", "png", OUTPUT_FORMATS, aliases=(("jpg", "jpeg"),)),
     Choice(
         "scheduler",
-        "Sampler; `euler` is the same.",
-        "K_EULER",
-        ("K_EULER",),
-        aliases=(("euler", "K_EULER"),),
-        later=("DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "PNDM"),
+        "Sampler; the names of other services (`K_EULER`, `DPMSolverMultistep`, …) are taken too.",
+        SCHEDULERS[0],
+        SCHEDULERS,
+        aliases=tuple(SCHEDULER_ALIASES.items()),
     ),
     Choice(
         "refine",

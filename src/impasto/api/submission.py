@@ -19,6 +19,17 @@ from impasto.types import LIMITS, GenerationRequest
 DEFAULT_PICTURE: Final = LIMITS.num_inference_steps.default * LIMITS.side.default**2  # steps x pixels
 DRAWN_SEEDS: Final = 2**32  # a drawn seed is below this, so that every other tool can take it too
 
+# Fields that mean the same, under the same name, on the wire and to the engine.
+PLAIN_FIELDS: Final = (
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "num_images",
+    "seed",
+    "scheduler",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -63,8 +74,7 @@ class Submission:
 
     def to_request(self) -> GenerationRequest:
         """Return what the engine is asked for."""
-        names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "num_images", "seed")
-        request = GenerationRequest(**{name: self.values[name] for name in names})
+        request = GenerationRequest(**{name: self.values[name] for name in PLAIN_FIELDS})
         width, height = self.values["size"]
         return replace(request, width=width, height=height, loras=tuple(self.values["loras"]))
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from impasto.engine.conditioning import Conditioning, Embedding
-from impasto.engine.samplers import guided
+from impasto.engine.latents import noise_like
+from impasto.engine.samplers import Sampler
+from impasto.engine.samplers.moment import Memory, Moment, guided, rescaled
 from impasto.engine.sigmas import Trajectory
 from impasto.types import GenerationRequest
 
@@ -26,14 +29,35 @@ class Row:
     seed: int
     latents: Tensor  # [4, H/8, W/8], float32
     trajectory: Trajectory
+    sampler: Sampler
     conditioning: Conditioning
     guidance_scale: float
-    step: int = 0  # steps done
+    guidance_rescale: float
+    generator: torch.Generator  # on the CPU; has drawn the starting noise
+    memory: Memory = ()  # the sampler's own
+    calls: int = 0  # network calls done
 
     @property
     def remaining(self) -> int:
-        """Steps still to run."""
-        return len(self.trajectory) - self.step
+        """Network calls still to make."""
+        return len(self.trajectory) - self.calls
+
+    @property
+    def sigma(self) -> float:
+        """Noise level of the latents now."""
+        return self.trajectory.sigmas[self.calls]
+
+    @property
+    def timestep(self) -> Tensor:
+        """What the network is told now, a scalar."""
+        return self.trajectory.timesteps[self.calls]
+
+    def advance(self, denoised: Tensor) -> None:
+        """Move on, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
+        draw = partial(noise_like, self.latents, self.generator)
+        moment = Moment(self.latents, denoised, self.calls, self.trajectory, self.memory, draw)
+        self.latents, self.memory = self.sampler.step(moment)
+        self.calls += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -46,8 +70,12 @@ class InFlight:
     started: float = 0.0  # time.perf_counter() at admission
 
     def steps_done(self) -> int:
-        """Steps done, averaged over the request's images and rounded down."""
-        return sum(row.step for row in self.rows.values()) // len(self.rows)
+        """Steps done, averaged over the request's images and rounded down.
+
+        A sampler may take more network calls than steps; a step is done when its share of the calls is.
+        """
+        calls = sum(len(row.trajectory) for row in self.rows.values())
+        return sum(row.calls for row in self.rows.values()) * self.request.num_inference_steps // calls
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,18 +111,22 @@ def network_call(rows: Sequence[Row]) -> NetworkCall:
     )
 
 
-def combine(call: NetworkCall, output: Tensor, guidance: Tensor) -> tuple[list[int], Tensor]:
+def combine(call: NetworkCall, rows: Sequence[Row], output: Tensor) -> tuple[list[Row], Tensor]:
     """Turn the network's output into one prediction a row.
 
     Args:
         call: What the network was given.
-        output: Its answer, ``[N, 4, h, w]``.
-        guidance: Guidance scale of each given row, ``[B]``.
+        rows: The rows it was made from.
+        output: The network's answer, ``[N, 4, h, w]``.
 
     Returns:
-        The given rows' positions in the order of the predictions, and the predictions ``[B, 4, h, w]``.
+        The rows in the order of the predictions, and the predictions ``[B, 4, h, w]``.
     """
     n = call.guided
     negative, positive, plain = output[:n], output[n : 2 * n], output[2 * n :]
-    positions = call.order[n:]
-    return positions, torch.cat([guided(positive, negative, guidance[positions[:n]]), plain])
+    ordered = [rows[i] for i in call.order[n:]]
+    prediction = guided(positive, negative, output.new_tensor([row.guidance_scale for row in ordered[:n]]))
+    amounts = [row.guidance_rescale for row in ordered[:n]]
+    if any(amounts):
+        prediction = rescaled(prediction, positive, output.new_tensor(amounts))
+    return ordered, torch.cat([prediction, plain])

@@ -24,10 +24,11 @@ from PIL import Image
 from impasto.engine.accel import choose_device, choose_dtype
 from impasto.engine.batch import InFlight, Row, combine, network_call
 from impasto.engine.conditioning import Embedding, PromptCache, condition
-from impasto.engine.latents import starting_noise
-from impasto.engine.samplers import denoised_from_epsilon, euler_step, scale_input
+from impasto.engine.latents import latent_shape, noise, seeded
+from impasto.engine.samplers import SAMPLERS
+from impasto.engine.samplers.moment import denoise, scale_input
 from impasto.engine.scheduler import Scheduler
-from impasto.engine.sigmas import NoiseSchedule, trajectory
+from impasto.engine.sigmas import NoiseSchedule
 from impasto.lora.apply import Adapters
 from impasto.models.catalog import find_model
 from impasto.models.sdxl import Sdxl
@@ -133,7 +134,8 @@ class Engine:
     def _start(self, request_id: str, request: GenerationRequest) -> InFlight:
         if request.seed == -1:
             request = replace(request, seed=secrets.randbelow(int(LIMITS.seed.high) + 1))
-        path = trajectory(self._schedule, request.num_inference_steps)
+        sampler = SAMPLERS[request.scheduler]
+        path = sampler.plan(self._schedule, request.num_inference_steps)
         with self._adapters.active(request.loras):
             conditioning = condition(
                 self._prompts,
@@ -147,10 +149,20 @@ class Engine:
             )
         flight = InFlight(request, started=time.perf_counter())
         for index in range(request.num_images):
-            seed = request.seed + index
-            noise = starting_noise(seed, request.width, request.height).to(self._model.device)
-            row = Row(request_id, index, seed, noise * path.initial_scale, path, conditioning, request.guidance_scale)
-            flight.rows[next(self._row_ids)] = row
+            generator = seeded(request.seed + index)
+            start = noise(latent_shape(request.width, request.height), generator) * path.initial_scale
+            flight.rows[next(self._row_ids)] = Row(
+                request_id=request_id,
+                index=index,
+                seed=request.seed + index,
+                latents=start.to(self._model.device),
+                trajectory=path,
+                sampler=sampler,
+                conditioning=conditioning,
+                guidance_scale=request.guidance_scale,
+                guidance_rescale=request.guidance_rescale,
+                generator=generator,
+            )
         return flight
 
     def _move(self, row_ids: list[int]) -> list[Event]:
@@ -176,25 +188,19 @@ class Engine:
         return events
 
     def _denoise(self, rows: list[Row]) -> None:
-        """One UNet call over the rows, each at its own noise level; their latents advance by one Euler step."""
+        """One UNet call over the rows, each at its own noise level; then each row's sampler moves it on."""
         device = self._model.device
-        x = torch.stack([row.latents for row in rows])
-        sigma = torch.stack([row.trajectory.sigmas[row.step] for row in rows]).to(device)
-        sigma_next = torch.stack([row.trajectory.sigmas[row.step + 1] for row in rows]).to(device)
-        timesteps = torch.stack([row.trajectory.timesteps[row.step] for row in rows]).to(device)
-        guidance = torch.tensor([row.guidance_scale for row in rows], device=device)
         call = network_call(rows)
-        loras = self._running[rows[0].request_id].request.loras
-        with self._adapters.active(loras):
-            output = self._model.predict(
-                scale_input(x, sigma)[call.order], timesteps[call.order], call.tokens, call.pooled, call.time_ids
-            )
-        positions, epsilon = combine(call, output, guidance)
-        x, sigma, sigma_next = x[positions], sigma[positions], sigma_next[positions]
-        moved = euler_step(x, denoised_from_epsilon(x, epsilon, sigma), sigma, sigma_next)
-        for position, latents in zip(positions, moved, strict=True):
-            rows[position].latents = latents
-            rows[position].step += 1
+        x = torch.stack([rows[i].latents for i in call.order])
+        sigma = torch.tensor([rows[i].sigma for i in call.order], device=device)
+        timesteps = torch.stack([rows[i].timestep for i in call.order]).to(device)
+        with self._adapters.active(self._running[rows[0].request_id].request.loras):
+            output = self._model.predict(scale_input(x, sigma), timesteps, call.tokens, call.pooled, call.time_ids)
+        ordered, prediction = combine(call, rows, output)
+        first = call.guided  # the negative half is spent
+        clean = denoise(x[first:], prediction, sigma[first:], self._schedule.prediction_type)
+        for row, denoised in zip(ordered, clean, strict=True):
+            row.advance(denoised)
 
     def _deliver(self, row: Row) -> list[Event]:
         """Decode a row that reached noise level 0."""

@@ -17,11 +17,20 @@ def latent_shape(width: int, height: int) -> tuple[int, int, int]:
     return (LATENT_CHANNELS, height // PIXELS_PER_CELL, width // PIXELS_PER_CELL)
 
 
-def starting_noise(seed: int, width: int, height: int) -> Tensor:
-    """Draw the unit-variance noise of one image, ``[4, H/8, W/8]`` float32, on the CPU.
+def seeded(seed: int) -> torch.Generator:
+    """Return the generator of one image.
 
     The CPU generator gives the same numbers on every machine, so a seed names a picture whatever the device and
     whatever else is in the batch.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((1, *latent_shape(width, height)), generator=generator, dtype=torch.float32)[0]
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw unit-variance noise of one image, ``[4, H/8, W/8]`` float32, on the CPU."""
+    return torch.randn((1, *shape), generator=generator, dtype=torch.float32)[0]
+
+
+def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw fresh noise for latents, where they are."""
+    return noise(tuple(latents.shape), generator).to(latents.device)
