@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -20,6 +20,8 @@ from impasto.types import GenerationRequest, ImageReady, LoraRef, Progress, pars
 
 if TYPE_CHECKING:
     from impasto.jobs.keys import KeyStore
+
+AnySettings = TypeVar("AnySettings", Settings, GenerateSettings)
 
 app = typer.Typer(
     name="impasto",
@@ -45,6 +47,12 @@ def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) ->
     )
 
 
+def _load(kind: type[AnySettings], ctx: typer.Context) -> AnySettings:
+    """Read the settings of a command whose options are named like them; an option not given is left to the rest."""
+    given = {name: value for name, value in ctx.params.items() if name in kind.model_fields and value not in (None, [])}
+    return kind.load(ctx.params.get("config"), given)
+
+
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings. (IMPASTO_CONFIG)")]
 DataDir = Annotated[Path | None, _setting(Settings, "data_dir")]
 Model = Annotated[str | None, _setting(Settings, "model")]
@@ -54,6 +62,7 @@ Dtype = Annotated[str | None, _setting(Settings, "dtype")]
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     host: Annotated[str | None, _setting(Settings, "host")] = None,
     port: Annotated[int | None, _setting(Settings, "port")] = None,
     data_dir: DataDir = None,
@@ -73,15 +82,12 @@ def serve(
     """
     from impasto.serving import serve as run_service
 
-    overrides = {
-        "host": host, "port": port, "data_dir": data_dir, "model": model, "device": device,
-        "dtype": dtype, "public_url": public_url, "log_level": log_level,
-    }  # fmt: skip
-    run_service(Settings.load(config, overrides))
+    run_service(_load(Settings, ctx))
 
 
 @app.command()
 def worker(
+    ctx: typer.Context,
     data_dir: DataDir = None,
     model: Model = None,
     device: Device = None,
@@ -94,17 +100,17 @@ def worker(
     from impasto.worker.loop import new_name
     from impasto.worker.process import run
 
-    overrides = {"data_dir": data_dir, "model": model, "device": device, "dtype": dtype, "log_level": log_level}
-    settings = Settings.load(config, overrides)
+    settings = _load(Settings, ctx)
     set_up_logging(settings.log_level)
     raise typer.Exit(run(settings, new_name()))
 
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture: .png, .jpg or .webp.")] = Path("out.png"),
-    negative: Annotated[str | None, typer.Option("--negative", help="What to keep out of the picture.")] = None,
+    output: Annotated[Path | None, _setting(GenerateSettings, "output", "--output", "-o")] = None,
+    negative: Annotated[str | None, _setting(GenerateSettings, "negative")] = None,
     size: Annotated[str | None, _setting(GenerateSettings, "size")] = None,
     steps: Annotated[int | None, _setting(GenerateSettings, "steps")] = None,
     guidance: Annotated[float | None, _setting(GenerateSettings, "guidance")] = None,
@@ -125,17 +131,13 @@ def generate(
 
         impasto generate "a fox, pixel art" -o fox.png --lora pixel-art.safetensors:0.8 --count 4
     """
-    overrides = {
-        "size": size, "steps": steps, "guidance": guidance, "seed": seed, "count": count,
-        "lora": lora or None, "model": model, "device": device, "dtype": dtype,
-    }  # fmt: skip
-    settings = GenerateSettings.load(config, overrides)
+    settings = _load(GenerateSettings, ctx)
     from impasto.models.catalog import find_model
 
     width, height = parse_size(settings.size) if settings.size else (find_model(settings.model).native_side,) * 2
     request = GenerationRequest(
         prompt=prompt,
-        negative_prompt=negative,
+        negative_prompt=settings.negative,
         width=width,
         height=height,
         num_inference_steps=settings.steps,
@@ -145,7 +147,7 @@ def generate(
         scheduler=scheduler_name(settings.scheduler),
         loras=tuple(_lora(text, i) for i, text in enumerate(settings.lora)),
     )
-    _draw(request, settings, output)
+    _draw(request, settings)
 
 
 @keys_app.command("create")
@@ -217,7 +219,7 @@ def _lora(text: str, position: int) -> LoraRef:
         raise InvalidInput(f"lora.{position}", f"must be PATH or PATH:SCALE with a number, got {text!r}") from None
 
 
-def _draw(request: GenerationRequest, settings: GenerateSettings, output: Path) -> None:
+def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
     """Run the engine with a progress bar and save each picture as it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -225,7 +227,7 @@ def _draw(request: GenerationRequest, settings: GenerateSettings, output: Path) 
 
     from impasto.images import encode_image, format_of
 
-    file_format = format_of(output)
+    output, file_format = settings.output, format_of(settings.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):

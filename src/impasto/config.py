@@ -123,6 +123,8 @@ class Settings(_Layered):
 class GenerateSettings(_Layered):
     """Defaults of ``impasto generate``, so that they can stand in the environment or in ``[generate]``."""
 
+    output: Path = Field(Path("out.png"), description="Picture file: .png, .jpg or .webp.")
+    negative: str | None = Field(None, description="What to keep out of the picture.")
     size: str | None = Field(None, description="W*H in pixels. Unset: what the model draws best.")
     steps: int = Field(int(LIMITS.num_inference_steps.default), description="Denoising steps.")
     guidance: float = Field(LIMITS.guidance_scale.default, description="Pull of the prompt; 0 and 1: off.")

@@ -71,12 +71,13 @@ def test_keys_are_created_listed_and_revoked(tmp_path):
         (("generate", "a fox", "--size", "100*100"), 2, "size must be between 512 and 1536"),
         (("generate", "a fox", "--steps", "99"), 2, "num_inference_steps must be between 1 and 50"),
         (("generate", "a fox", "-o", "fox.gif"), 2, "output must end in"),
+        (("generate", "a fox", "--scheduler", "magic"), 2, "scheduler must be one of euler"),
         (("generate", " "), 2, "prompt must not be empty"),
         (("generate", "a fox", "--model", "nowhere"), 1, "'nowhere' was not found"),
         (("generate", "a fox", "--lora", "a:b"), 2, "PATH:SCALE"),
         (("generate", "a fox", "--lora", "gone.safetensors:0.5", "--steps", "1"), 1, "loras.0.path was not found"),
         (("serve", "--port", "99999", "--model", "fake"), 2, "port"),
-        (("keys", "revoke", "nobody"), 1, "nobody"),
+        (("keys", "revoke", "nobody"), 1, "no key in use has this name"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_field(tmp_path, arguments, status, phrase):
@@ -97,6 +98,6 @@ def test_generate_saves_numbered_pictures_of_the_asked_size(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for i in range(2):
-        picture = Image.open(tmp_path / "new" / f"fox-{i}.jpg")
-        assert (picture.format, picture.size) == ("JPEG", (520, 512))
+        with Image.open(tmp_path / "new" / f"fox-{i}.jpg") as picture:
+            assert (picture.format, picture.size) == ("JPEG", (520, 512))
         assert f"fox-{i}.jpg  seed {5 + i}" in run.stderr
