@@ -80,7 +80,7 @@ def measure(
 
 def _diffusers(model: str) -> StableDiffusionXLPipeline:
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        find_model(model).folder, dtype=torch.float32, local_files_only=True, add_watermarker=False
+        find_model(model).path, dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

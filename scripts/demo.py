@@ -6,6 +6,7 @@ Starts ``impasto serve`` on a free loopback port with a fresh data folder, submi
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,10 +63,10 @@ class Server:
         for line in self._process.stderr:
             self._log.append(line)
 
-    def find(self, pattern: re.Pattern[str], seconds: float) -> str:
-        """Wait for a log line that matches and return its first group."""
+    def find(self, pattern: re.Pattern[str], seconds: float, unless: Callable[[], bool] = lambda: False) -> str:
+        """Wait for a log line that matches and return its first group; stop waiting when ``unless`` is true."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self._process.poll() is None and not unless():
             for line in list(self._log):
                 if match := pattern.search(line):
                     return match[1]
@@ -79,6 +81,7 @@ class Server:
 
 def main() -> None:
     """Run the whole way once; exit non-zero where any part fails."""
+    os.environ["NO_PROXY"] = "127.0.0.1"  # the server is on this machine, whatever proxy is set
     with tempfile.TemporaryDirectory(prefix="impasto-demo-") as data_dir:
         create_key = [IMPASTO, "keys", "create", "demo", "--data-dir", data_dir]
         key = subprocess.run(create_key, check=True, capture_output=True, text=True).stdout.strip()
@@ -86,7 +89,7 @@ def main() -> None:
         server = Server(data_dir)
         try:
             base_url = server.find(LISTENING, START_SECONDS)
-            console.print(f"server   {base_url}, answering after {time.monotonic() - started:.1f} s")
+            console.print(f"server   {base_url}, listening after {time.monotonic() - started:.1f} s")
             path, prediction = draw(Client(api_key=key, base_url=base_url), server)
         finally:
             server.stop()
@@ -100,7 +103,7 @@ def draw(client: Client, server: Server) -> tuple[Path, dict[str, Any]]:
     """Run the request with the official client on one thread; watch its progress from this one."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.run, MODEL, REQUEST, timeout=JOB_SECONDS, poll_interval=POLL_SECONDS)
-        job_id = server.find(JOB, START_SECONDS)
+        job_id = server.find(JOB, JOB_SECONDS, unless=lambda: running.done() and bool(running.exception()))
         with Progress(console=console) as bar:
             task = bar.add_task("denoising", total=REQUEST["num_inference_steps"])
             while not running.done():

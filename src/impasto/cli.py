@@ -97,7 +97,7 @@ def worker(
 ) -> None:
     """Run one more worker on the same data folder, beside the one that `serve` keeps."""
     from impasto.logs import set_up_logging
-    from impasto.worker.loop import new_name
+    from impasto.worker.naming import new_name
     from impasto.worker.process import run
 
     settings = _load(Settings, ctx)

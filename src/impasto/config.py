@@ -12,10 +12,10 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
 from impasto.types import LIMITS, SCHEDULERS
@@ -24,7 +24,6 @@ PREFIX = "IMPASTO_"
 CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
 DEFAULT_CONFIG = Path("impasto.toml")
 GENERATE_TABLE = "generate"  # TOML table of ``impasto generate``; the service's settings stand at the top level
-FAKE_STEP_VARIABLE = "IMPASTO_FAKE_STEP_SECONDS"  # read by the test pattern backend
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -91,6 +90,7 @@ class Settings(_Layered):
     sync_timeout: float = Field(90, gt=0, description="Seconds a synchronous request is held before it turns async.")
     lease_seconds: float = Field(30, gt=0, description="A worker silent for this long loses its jobs to another.")
     max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
+    fake_step_seconds: float = Field(0.02, ge=0, description="How long a step of the model 'fake' takes, in seconds.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     @property
@@ -131,7 +131,15 @@ class GenerateSettings(_Layered):
     scheduler: str = Field(SCHEDULERS[0], description=f"Sampler: {', '.join(SCHEDULERS)}.")
     seed: int = Field(int(LIMITS.seed.default), description="Same seed, same picture; -1 draws one.")
     count: int = Field(int(LIMITS.num_images.default), description="Pictures to make, with seeds seed, seed+1, …")
-    lora: list[str] = Field([], description="PATH or PATH:SCALE, up to five times.")
+    lora: Annotated[list[str], NoDecode] = Field(
+        [], description="PATH or PATH:SCALE, up to five times; in the environment with commas between."
+    )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Read ``a.safetensors:0.5,b.safetensors`` from the environment."""
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @classmethod
     def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +151,7 @@ class GenerateSettings(_Layered):
 def _check_variables() -> None:
     """Refuse ``IMPASTO_…`` variables that no setting reads: a misspelt one would be lost in silence."""
     fields = Settings.model_fields | GenerateSettings.model_fields
-    known = {PREFIX + name.upper() for name in fields} | {CONFIG_VARIABLE, FAKE_STEP_VARIABLE}
+    known = {PREFIX + name.upper() for name in fields} | {CONFIG_VARIABLE}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, 1)

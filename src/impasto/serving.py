@@ -5,6 +5,7 @@ Knows how the rooms are put together to run on one machine. Holds no logic of th
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 
@@ -12,14 +13,14 @@ import uvicorn
 
 from impasto.api.app import create_app
 from impasto.config import Settings
-from impasto.errors import ConfigError
+from impasto.errors import ConfigError, ModelError
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 from impasto.logs import set_up_logging
 from impasto.models.catalog import find_model
-from impasto.worker.backend import FAKE_MODEL
+from impasto.worker.naming import FAKE_MODEL
 from impasto.worker.supervisor import Supervisor
 
 FIRST_KEY_NAME = "first"
@@ -31,7 +32,7 @@ def serve(settings: Settings) -> None:
     """Run the service until it is told to stop.
 
     Raises:
-        ImpastoError: The model, the database or the address cannot be used: nothing is started.
+        ImpastoError: The model, the database or the address cannot be used: nothing is left running.
     """
     set_up_logging(settings.log_level)
     if settings.model != FAKE_MODEL:
@@ -41,18 +42,37 @@ def serve(settings: Settings) -> None:
     upgrade(database)
     store, keys = JobStore(database), KeyStore(database)
     listener = _listen(settings)
+    app = create_app(settings, store, keys, OutputStore(settings.output_root))
+    # Our own log format; no access log, because a picture's URL is all that protects it.
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            server_header=False,
+        )
+    )
+    hopeless: list[bool] = []
+
+    def give_up() -> None:
+        hopeless.append(True)
+        server.should_exit = True
+
+    supervisor = Supervisor(settings, on_death=store.abandon, on_hopeless=give_up)
+    # uvicorn passes SIGTERM on to whoever had it before; by default that would end us before the worker is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _announce(listener, keys, settings)
-    supervisor = Supervisor(settings, on_death=store.abandon)
     supervisor.start()
     try:
-        app = create_app(settings, store, keys, OutputStore(settings.output_root))
-        config = uvicorn.Config(
-            app, log_level=settings.log_level, timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
     finally:
         supervisor.stop()
         database.dispose()
+    if hopeless:
+        raise ModelError(f"model {settings.model!r} cannot be run with these settings; the worker said why, above")
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -70,6 +90,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _announce(listener: socket.socket, keys: KeyStore, settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
-    print(f"Impasto is listening on http://{host}:{port} (model: {settings.model})", file=sys.stderr, flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Impasto is listening on http://{shown}:{port} (model: {settings.model})", file=sys.stderr, flush=True)
     if not keys.any():
         print(f"API key (shown this once): {keys.create(FIRST_KEY_NAME)}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ Knows the standard library alone. Knows nothing of tensors, HTTP, SQL or files, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -80,13 +81,17 @@ class LoraRef:
     path: str
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise InvalidInput("loras", f"have the scale {self.scale} for {self.path[:100]!r}; give a finite number")
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request for one or more pictures; the values are checked on construction.
 
     ``negative_prompt=None`` is not the same as ``""``: absent means zeros where the model says so (SDXL does).
-    Image ``i`` uses ``seed + i``, so each picture can be made again on its own.
+    Image ``i`` uses ``seed_of_image(seed, i)``, so each picture can be made again on its own.
 
     Raises:
         InvalidInput: A value is out of range; ``field`` says which.
@@ -145,6 +150,11 @@ def scheduler_name(text: str, field_path: str = "scheduler") -> str:
     return name
 
 
+def seed_of_image(seed: int, index: int) -> int:
+    """Return ``seed + index``, starting again from 0 past the largest seed, so that it is a seed one can ask for."""
+    return (seed + index) % (int(LIMITS.seed.high) + 1)
+
+
 def check_prompt(field_path: str, text: str) -> None:
     """Refuse a prompt too long to be meant; ordinary long prompts are cut by the text encoders' window."""
     if len(text) > LIMITS.max_prompt_chars:
@@ -181,7 +191,7 @@ class Progress:
     """One more denoising step of a request is done."""
 
     request_id: str
-    step: int  # steps done by the slowest image of the request, 1-based
+    step: int  # steps done, averaged over the images of the request and rounded down
     total: int
     seconds: float  # wall time of this step's network call
 

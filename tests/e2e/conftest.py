@@ -97,3 +97,11 @@ def worker_pids(parent: int) -> list[int]:
     """Process ids of a service's workers, read from /proc."""
     children = Path(f"/proc/{parent}/task").glob("*/children")
     return [int(pid) for file in children for pid in file.read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,5 +1,6 @@
 """The service as a whole, in real processes: it starts at once, survives kill -9 and gives everything back."""
 
+import base64
 import io
 import os
 import re
@@ -11,28 +12,33 @@ import time
 import httpx
 import pytest
 from PIL import Image
+from wavespeed import Client
 
-from tests.e2e.conftest import IMPASTO, KEY, SDXL_LORA, ended, poll, worker_pids
+from tests.e2e.conftest import IMPASTO, KEY, SDXL_LORA, alive, ended, poll, worker_pids
 
 SMALL = {"prompt": "a red fox on a blue background", "size": "512*512", "seed": 7}
 
 
 def test_the_api_answers_within_two_seconds_while_the_model_loads(serve):
     """``impasto serve`` with the built-in model answers /health and takes jobs before the worker is ready."""
+    before = slowness()
     served = serve()
     health = httpx.get(f"{served.url}/health", timeout=5, trust_env=False)
     seconds = time.monotonic() - served.started
 
     assert health.status_code == 200
-    assert seconds < 2.0 * slowness()
+    assert seconds < 2.0 * max(before, slowness())
     assert not any("taking jobs" in line for line in served.log), "the model cannot be loaded yet"
 
 
 def slowness() -> float:
-    """How much slower than an idle machine of ours this one is now: starting Python takes 0.05 s there."""
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-S", "-c", "import json, http.client"], check=True)
-    return max(1.0, (time.monotonic() - start) / 0.1)
+    """How much slower than an idle machine of ours this one is now; importing httpx takes 0.2 s there."""
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import httpx"], check=True)
+        times.append(time.monotonic() - start)
+    return max(1.0, sorted(times)[1] / 0.25)
 
 
 def test_the_first_start_prints_a_key_that_works_and_the_second_prints_none(serve, tmp_path):
@@ -68,15 +74,17 @@ def test_a_picture_from_the_shipped_model_over_http(serve):
 
 @pytest.mark.parametrize("model", ["builtin", "fake"])
 def test_a_job_survives_kill_9_of_its_worker(serve, model):
-    """Killed in the middle of a job, the worker is replaced and the job finished, with the same picture."""
-    served = serve("--model", model, IMPASTO_FAKE_STEP_SECONDS="0.1")
+    """Killed in the middle of a job, the worker is replaced and the job finished, with the same picture.
+
+    The lease is ten minutes: the job comes back because the death was noticed, not because time ran out.
+    """
+    served = serve("--model", model, IMPASTO_FAKE_STEP_SECONDS="0.5", IMPASTO_LEASE_SECONDS="600")
     api = served.api(served.wait_for(KEY))
     body = SMALL | {"num_inference_steps": 12}
     undisturbed = poll(api, api.post(SDXL_LORA, json=body).json()["data"]["id"], ended)
 
     job_id = api.post(SDXL_LORA, json=body).json()["data"]["id"]
-    poll(api, job_id, lambda data: data["status"] == "processing")
-    time.sleep(0.3)
+    poll(api, job_id, lambda data: data.get("progress", {}).get("step", 0) >= 1)
     [worker] = worker_pids(served.process.pid)
     os.kill(worker, signal.SIGKILL)
     done = poll(api, job_id, ended)
@@ -111,20 +119,27 @@ def test_an_orphaned_worker_ends(serve):
     served.process.kill()
     served.process.wait()
 
-    deadline = time.monotonic() + 15
-    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{worker}")
+    assert not alive(worker)
 
 
-def test_stopping_hands_unfinished_jobs_back(serve):
-    """Ctrl-C in the middle of a long job: the next start finishes it, and the attempt does not count."""
-    first = serve("--model", "fake", IMPASTO_FAKE_STEP_SECONDS="0.2")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_hands_unfinished_jobs_back(serve, number):
+    """Stopped in the middle of a long job: no worker is left, and the next start goes on with the job at once.
+
+    The lease is ten minutes: the job is there because it was handed back.
+    """
+    first = serve("--model", "fake", IMPASTO_FAKE_STEP_SECONDS="0.2", IMPASTO_LEASE_SECONDS="600")
     key = first.wait_for(KEY)
     job_id = first.api(key).post(SDXL_LORA, json=SMALL).json()["data"]["id"]
     poll(first.api(key), job_id, lambda data: data["status"] == "processing")
-    first.process.send_signal(signal.SIGINT)
-    first.process.wait(20)
+    [worker] = worker_pids(first.process.pid)
+    first.process.send_signal(number)
+    assert first.process.wait(30) == 0
+    assert not alive(worker)
+    assert "Traceback" not in "".join(first.log)
 
     second = serve("--model", "fake")
     assert poll(second.api(key), job_id, ended)["status"] == "completed"
@@ -154,5 +169,53 @@ def test_a_model_that_is_not_there_stops_start_up(tmp_path):
     )
     assert run.returncode == 1
     assert (
-        run.stderr.strip() == "impasto: model 'nowhere' was not found: give 'builtin' or the path of a diffusers folder"
+        run.stderr.strip()
+        == "impasto: model 'nowhere' was not found: give 'builtin', or the path of a diffusers folder or .safetensors file"
     )
+
+
+def test_settings_that_the_worker_cannot_run_with_end_the_service(tmp_path):
+    """A device that is not there: the service says so and ends, instead of taking jobs that never run."""
+    run = subprocess.run(
+        [IMPASTO, "serve", "--device", "cuda:99", "--data-dir", tmp_path / "data", "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 1
+    assert "'cuda:99' cannot be used here" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_log_has_no_secrets(serve):
+    """Neither the key (but for the line that shows it) nor the address of a picture is logged."""
+    served = serve("--model", "fake")
+    key = served.wait_for(KEY)
+    api = served.api(key)
+    job = api.post(SDXL_LORA, json=SMALL | {"num_inference_steps": 1}).json()["data"]
+    [url] = poll(api, job["id"], ended)["outputs"]
+    assert httpx.get(url, trust_env=False).status_code == 200
+    log = "".join(served.log)
+    assert job["id"] in log
+    assert url.rsplit("/", 2)[1] not in log
+    assert log.count(key) == 1
+
+
+def test_the_official_client_against_the_real_service(serve):
+    """Unmodified: run to URLs, run to base64, a wrong key, a bad parameter."""
+    served = serve("--model", "fake")
+    client = Client(api_key=served.wait_for(KEY), base_url=served.url)
+    small = SMALL | {"num_inference_steps": 2}
+
+    [url] = client.run("wavespeed-ai/sdxl-lora", small, poll_interval=0.05)["outputs"]
+    picture = httpx.get(url, trust_env=False).content
+    [encoded] = client.run("wavespeed-ai/sdxl-lora", small | {"enable_base64_output": True}, poll_interval=0.05)[
+        "outputs"
+    ]
+
+    assert Image.open(io.BytesIO(picture)).size == (512, 512)
+    assert base64.b64decode(encoded, validate=True) == picture
+    with pytest.raises(RuntimeError, match="HTTP 401"):
+        Client(api_key="wrong", base_url=served.url).run("wavespeed-ai/sdxl-lora", small)
+    with pytest.raises(RuntimeError, match=r"HTTP 400.*num_inference_steps"):
+        client.run("wavespeed-ai/sdxl-lora", small | {"num_inference_steps": 51})

@@ -26,20 +26,24 @@ def test_builtin_is_found():
 def test_a_folder_is_found_by_its_path(tmp_path):
     """Any complete diffusers folder."""
     source = find_model(folder(tmp_path / "m"))
-    assert source.folder == tmp_path / "m"
+    assert source.path == tmp_path / "m"
     assert source.native_side == 1024
+
+
+def test_a_file_is_a_checkpoint(tmp_path):
+    """What kind of checkpoint is told when it is loaded."""
+    (tmp_path / "file.safetensors").write_bytes(b"x")
+    assert find_model(str(tmp_path / "file.safetensors")).path.name == "file.safetensors"
 
 
 def test_what_is_not_an_sdxl_folder_is_told_so(tmp_path):
     """Each mistake has its own sentence."""
-    (tmp_path / "file.safetensors").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text("{")
     cases = {
         "nowhere": "not found",
-        str(tmp_path / "file.safetensors"): "is a file",
         str(tmp_path / "empty"): "no model_index.json",
         str(broken): "not JSON",
         folder(tmp_path / "sd15", "StableDiffusionPipeline"): "StableDiffusionPipeline, not an SDXL",

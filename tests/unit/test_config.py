@@ -22,6 +22,7 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "max_batch": ("2", 2),
     "lease_seconds": ("3", 3.0),
     "max_attempts": ("1", 1),
+    "fake_step_seconds": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
 }
 
@@ -107,3 +108,37 @@ def test_generate_has_a_table_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("IMPASTO_STEPS", "9")
     assert GenerateSettings.load().steps == 9
     assert Settings.load().port == 1
+
+
+def test_loras_in_the_environment_are_separated_by_commas(monkeypatch):
+    """One variable, several LoRAs."""
+    monkeypatch.setenv("IMPASTO_LORA", "a.safetensors:0.5, b.safetensors")
+    assert GenerateSettings.load().lora == ["a.safetensors:0.5", "b.safetensors"]
+
+
+GENERATE_EXAMPLES = {
+    "output": ("fox.webp", Path("fox.webp")),
+    "negative": ("blurry", "blurry"),
+    "size": ("512*512", "512*512"),
+    "steps": ("9", 9),
+    "guidance": ("2.5", 2.5),
+    "scheduler": ("ddim", "ddim"),
+    "seed": ("77", 77),
+    "count": ("3", 3),
+    "lora": ("a", ["a"]),
+    **{name: EXAMPLES[name] for name in ("model", "device", "dtype", "max_batch")},
+}
+
+
+def test_every_setting_of_generate_has_an_example():
+    """A new setting needs a line in this file."""
+    assert set(GENERATE_EXAMPLES) == set(GenerateSettings.model_fields)
+
+
+@pytest.mark.parametrize("name", GENERATE_EXAMPLES)
+def test_each_setting_of_generate_is_read_from_the_environment(name, monkeypatch):
+    """``IMPASTO_NAME`` sets it."""
+    text, value = GENERATE_EXAMPLES[name]
+    assert getattr(GenerateSettings.load(), name) != value
+    monkeypatch.setenv(f"IMPASTO_{name.upper()}", text)
+    assert getattr(GenerateSettings.load(), name) == value

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from impasto.engine.accel import choose_device, choose_dtype
 from impasto.engine.conditioning import Embedding, PromptCache, size_ids
@@ -149,6 +150,16 @@ def test_generate_raises_what_went_wrong(engine, tmp_path):
         list(engine.generate(request(loras=(LoraRef(str(tmp_path / "no.safetensors")),))))
 
 
+def test_two_loops_over_one_engine_lose_nothing(engine):
+    """Interleaved ``generate`` iterators each get all of their own events."""
+    first, second = engine.generate(request(seed=1)), engine.generate(request(seed=2, num_inference_steps=5))
+    seen = [[next(first)], [next(second)]]
+    seen[0] += list(first)
+    seen[1] += list(second)
+    for events, steps in zip(seen, (3, 5), strict=True):
+        assert [type(event) for event in events] == [Progress] * steps + [ImageReady, Finished]
+
+
 def test_the_same_id_twice_is_refused(engine):
     """Two requests may not share an id."""
     engine.submit(request(), "a")
@@ -224,11 +235,20 @@ def test_devices_and_dtypes_are_chosen_by_name():
         choose_dtype("int4", torch.device("cpu"))
 
 
+def drop_a_tensor(file):
+    """Take the first tensor out of a file; the libraries would fill in random numbers."""
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+
+
 @pytest.mark.parametrize(
     ("damage", "phrase"),
     [
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99), "unet cannot be loaded"),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae has no .safetensors"),
+        (lambda f: drop_a_tensor(f / "unet/diffusion_pytorch_model.safetensors"), "unet: 1 tensors missing"),
+        (lambda f: drop_a_tensor(f / "text_encoder/model.safetensors"), "text_encoder: 1 tensors missing"),
         (lambda f: (f / "scheduler/scheduler_config.json").write_text("{"), "scheduler_config.json cannot be read"),
     ],
 )

@@ -144,6 +144,11 @@ def kohya(path, scale_seed=0, rank=2, alpha=None, **extra):
     return path, q_up @ q_down
 
 
+def wearing(adapters: Adapters, *loras: LoraRef):
+    """Run with these LoRAs on."""
+    return adapters.active(adapters.resolve(loras))
+
+
 def snapshot(module: nn.Module) -> dict:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
@@ -158,7 +163,7 @@ def test_alpha_over_rank_scales_and_absent_alpha_is_one(tmp_path):
         path, product = kohya(tmp_path / f"{alpha}.safetensors", alpha=alpha)
         network = Small()
         base = network.to_q.weight.clone()
-        with torch.inference_mode(), Adapters({"unet": network}).active([LoraRef(str(path), 0.5)]):
+        with torch.inference_mode(), wearing(Adapters({"unet": network}), LoraRef(str(path), 0.5)):
             torch.testing.assert_close(network.to_q.weight, base + 0.5 * factor * product, rtol=1e-5, atol=1e-6)
 
 
@@ -167,7 +172,7 @@ def test_stacked_loras_add_up(tmp_path):
     (first, a), (second, b) = (kohya(tmp_path / f"{i}.safetensors", i * 10) for i in (1, 2))
     network = Small()
     base = network.to_q.weight.clone()
-    with Adapters({"unet": network}).active([LoraRef(str(first), 1.0), LoraRef(str(second), 2.0)]):
+    with wearing(Adapters({"unet": network}), LoraRef(str(first), 1.0), LoraRef(str(second), 2.0)):
         torch.testing.assert_close(network.to_q.weight, base + a + 2 * b, rtol=1e-5, atol=1e-5)
 
 
@@ -181,7 +186,7 @@ def test_two_hundred_switches_restore_bit_for_bit(tmp_path, dtype):
     rng = np.random.default_rng(0)
     for _ in range(200):
         picked = rng.choice(4, rng.integers(0, 4), replace=False)
-        with adapters.active([LoraRef(paths[i], float(rng.uniform(-1, 4))) for i in picked]):
+        with wearing(adapters, *(LoraRef(paths[i], float(rng.uniform(-1, 4))) for i in picked)):
             assert identical(before, snapshot(network)) == (len(picked) == 0)
     adapters.restore()
     assert identical(before, snapshot(network))
@@ -192,9 +197,9 @@ def test_the_same_set_again_is_free(tmp_path):
     path, _ = kohya(tmp_path / "a.safetensors")
     network = Small()
     adapters = Adapters({"unet": network})
-    with adapters.active([LoraRef(str(path))]):
+    with wearing(adapters, LoraRef(str(path))):
         version = network.to_q.weight._version
-    with adapters.active([LoraRef(str(path))]):
+    with wearing(adapters, LoraRef(str(path))):
         assert network.to_q.weight._version == version
 
 
@@ -203,7 +208,7 @@ def test_scale_zero_is_no_lora_at_all(tmp_path):
     path, _ = kohya(tmp_path / "a.safetensors")
     network = Small()
     before = snapshot(network)
-    with Adapters({"unet": network}).active([LoraRef(str(path), 0.0)]):
+    with wearing(Adapters({"unet": network}), LoraRef(str(path), 0.0)):
         assert identical(before, snapshot(network))
 
 
@@ -214,7 +219,7 @@ def bad_files(folder):
     other = {"lora_unet_other.lora_down.weight": down, "lora_unet_other.lora_up.weight": up}
     cases = {
         "another model": (good | other, "not for this model: 1 of 2"),
-        "not low-rank": ({"lora_unet_to_q.hada_w1_a": down}, "plain low-rank"),
+        "not low-rank": ({"lora_unet_to_q.hada_w1_a": down}, "low-rank LoRAs"),
         "half a pair": ({"lora_unet_to_q.lora_down.weight": down}, "incomplete"),
         "not finite": (good | {"lora_unet_to_q.lora_up.weight": up / 0}, "not finite"),
         "rank mismatch": (good | {"lora_unet_to_q.lora_up.weight": up[:, :1].contiguous()}, "does not fit"),
@@ -228,6 +233,12 @@ def bad_files(folder):
             "malformed",
         ),
         "empty": ({}, "no tensors"),
+        "one module in two spellings": (
+            good | {k.replace("lora_unet_to_q", "unet.to_q"): t for k, t in good.items()},
+            "two spellings",
+        ),
+        "one tensor in two spellings": (good | {"lora_unet_to_q.lora_A.weight": down}, "two 'down' tensors"),
+        "alpha of two numbers": (good | {"lora_unet_to_q.alpha": torch.ones(2)}, "not one number"),
     }
     for name, (tensors, phrase) in cases.items():
         path = folder / f"{name}.safetensors"
@@ -250,10 +261,48 @@ def test_files_that_do_not_work_are_refused_with_the_reason(tmp_path):
     for name, path, phrase in bad_files(tmp_path):
         with (
             pytest.raises(LoraError, match=phrase) as caught,
-            adapters.active([LoraRef(str(good)), LoraRef(str(path))]),
+            wearing(adapters, LoraRef(str(good)), LoraRef(str(path))),
         ):
             raise AssertionError(f"{name} was accepted")
         assert caught.value.field == "loras.1.path", name
         assert identical(before, snapshot(network)), name
         seen += 1
-    assert seen == 13
+    assert seen == 16
+
+
+def test_an_exception_in_the_middle_of_patching_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    """Out of memory after the first module: the weights are the model's own, and the next request gets them."""
+    path, _ = kohya(tmp_path / "a.safetensors")
+    network = Small()
+    before = snapshot(network)
+    adapters = Adapters({"unet": network})
+    delta, calls = LowRank.delta, []
+
+    def fails_at_the_second(self, shape):
+        calls.append(shape)
+        if len(calls) == 2:
+            raise MemoryError
+        return delta(self, shape)
+
+    monkeypatch.setattr(LowRank, "delta", fails_at_the_second)
+    with pytest.raises(MemoryError), wearing(adapters, LoraRef(str(path))):
+        raise AssertionError("not reached")
+    assert identical(before, snapshot(network))
+    with wearing(adapters):
+        assert identical(before, snapshot(network))
+    with wearing(adapters, LoraRef(str(path))):
+        assert not identical(before, snapshot(network))
+
+
+def test_a_file_replaced_on_disk_is_another_lora(tmp_path):
+    """The next request uses the new file, not what was read before."""
+    path, first = kohya(tmp_path / "a.safetensors", 1)
+    network = Small()
+    base = network.to_q.weight.clone()
+    adapters = Adapters({"unet": network})
+    with wearing(adapters, LoraRef(str(path))):
+        torch.testing.assert_close(network.to_q.weight, base + first, rtol=1e-5, atol=1e-5)
+    path.unlink()
+    _, second = kohya(path, 30)
+    with wearing(adapters, LoraRef(str(path))):
+        torch.testing.assert_close(network.to_q.weight, base + second, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from impasto.errors import InvalidInput
-from impasto.types import LIMITS, SCHEDULER_ALIASES, SCHEDULERS, GenerationRequest, LoraRef, parse_size, scheduler_name
+from impasto.types import (
+    LIMITS,
+    SCHEDULER_ALIASES,
+    SCHEDULERS,
+    GenerationRequest,
+    LoraRef,
+    parse_size,
+    scheduler_name,
+    seed_of_image,
+)
 
 SIDES = st.integers(64, 192).map(lambda cells: cells * 8)
 REQUESTS = st.builds(
@@ -105,3 +114,22 @@ def test_an_unknown_scheduler_lists_the_known_ones():
     """The message is the help."""
     with pytest.raises(InvalidInput, match=r"scheduler must be one of euler, .* got 'magic'"):
         scheduler_name("magic")
+
+
+def test_the_seed_of_every_image_can_be_asked_for():
+    """Past the largest seed they start again from 0."""
+    assert [seed_of_image(7, i) for i in range(3)] == [7, 8, 9]
+    assert [seed_of_image(9_999_999_999, i) for i in range(3)] == [9_999_999_999, 0, 1]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_a_lora_scale_is_a_finite_number(scale):
+    """Anything else would make every picture black."""
+    with pytest.raises(InvalidInput, match="finite"):
+        LoraRef("a", scale)
+
+
+def test_a_number_beyond_floats_is_refused_like_any_other():
+    """No overflow inside the check."""
+    with pytest.raises(InvalidInput, match="seed must be between -1 and 9999999999, got 1000"):
+        GenerationRequest("a fox", seed=10**400)

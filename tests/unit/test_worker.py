@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from impasto.errors import NotFound
+from impasto.errors import NotFound, Unavailable
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import NewJob
 from impasto.jobs.states import Status
 from impasto.jobs.store import JobStore
-from impasto.types import Failed, GenerationRequest, LoraRef
-from impasto.worker.backend import FakeBackend
+from impasto.types import Failed, GenerationRequest, ImageReady, LoraRef
+from impasto.worker.backend import FakeBackend, draw_pattern
 from impasto.worker.loop import WorkerLoop
 
 LEASE = 30.0
@@ -141,11 +141,23 @@ def test_a_lora_is_found_by_name_inside_its_folder_only(rig):
     assert seen == []
 
 
+class Early(FakeBackend):
+    """Delivers the first picture of each request with its first step."""
+
+    def step(self):
+        events = super().step()
+        for request_id, (request, done) in self._requests.items():
+            if done == 1:
+                events.append(ImageReady(request_id, 0, request.seed, draw_pattern(request, request.seed)))
+        return events
+
+
 def test_a_cancelled_job_is_dropped_at_the_next_step_and_its_files_deleted(rig):
     """Cancel reaches the running job with the next heartbeat; nothing of it stays on disk."""
-    job_id = rig.submit(num_inference_steps=50, seed=1)
-    loop = rig.loop()
+    job_id = rig.submit(num_inference_steps=50, num_images=2, seed=1)
+    loop = rig.loop(Early(0))
     loop.turn()
+    assert len(rig.files()) == 1
     rig.store.cancel(job_id, rig.key_id)
 
     loop._beat()
@@ -203,7 +215,7 @@ def test_a_job_whose_picture_cannot_be_stored_fails_and_the_worker_goes_on(rig, 
 def test_stop_hands_unfinished_jobs_back(rig):
     """A stopped worker's job is in the queue again, as if it had never been taken."""
     job_id = rig.submit(num_inference_steps=50, seed=1)
-    loop = rig.loop(FakeBackend(0.01))
+    loop = rig.loop(FakeBackend(0.2))
     thread = threading.Thread(target=loop.run)
     thread.start()
     deadline = time.monotonic() + 10
@@ -217,18 +229,142 @@ def test_stop_hands_unfinished_jobs_back(rig):
     assert rig.store.get(job_id).status is Status.COMPLETED
 
 
-def test_an_idle_worker_wakes_for_a_new_job(rig):
-    """No fixed pause stands between submit and start."""
+def test_an_idle_worker_wakes_for_a_new_job(rig, monkeypatch):
+    """No fixed pause stands between submit and start: the idle sleep is a minute here, the wake-up is not."""
+    monkeypatch.setattr("impasto.worker.loop.IDLE_SECONDS", 60.0)
     loop = rig.loop()
     thread = threading.Thread(target=loop.run)
     thread.start()
     time.sleep(0.3)
     submitted = time.monotonic()
     job_id = rig.submit(num_inference_steps=1, seed=1)
-    while rig.store.get(job_id).status is not Status.COMPLETED and time.monotonic() < submitted + 10:
+    while rig.store.get(job_id).status is not Status.COMPLETED and time.monotonic() < submitted + 20:
         time.sleep(0.01)
-    loop.stop()
-    thread.join(10)
     assert rig.store.get(job_id).status is Status.COMPLETED
+    loop.stop()
+    rig.submit(seed=1)  # any change wakes it to see that it is told to stop
+    thread.join(20)
+    assert not thread.is_alive()
     with pytest.raises(NotFound):
         rig.outputs.get("0" * 32 + "/1-" + "0" * 32 + "/0.png")
+
+
+def away(method, times):
+    """Wrap a store method so that its first calls find the database away."""
+    calls = []
+
+    def wrapped(*arguments):
+        calls.append(arguments)
+        if len(calls) <= times:
+            raise Unavailable("the database is away")
+        return method(*arguments)
+
+    return wrapped
+
+
+def test_results_are_kept_while_the_store_is_away(rig, monkeypatch):
+    """Two jobs end in one step and the store is away for a moment: both results arrive, and both slots are free."""
+    monkeypatch.setattr("impasto.worker.loop.RETRY_SECONDS", 0.01)
+    ids = [rig.submit(num_inference_steps=2, seed=i) for i in range(2)]
+    monkeypatch.setattr(rig.store, "complete", away(rig.store.complete, 3))
+    loop = rig.loop(slots=2)
+
+    drain(loop)
+
+    assert all(rig.store.get(job_id).status is Status.COMPLETED for job_id in ids)
+    assert loop._running == {}
+
+
+def test_a_result_that_cannot_be_stored_within_the_lease_is_made_again(rig, monkeypatch):
+    """The pictures of the lost attempt are deleted, the slot is free, and the job runs once more."""
+    monkeypatch.setattr("impasto.worker.loop.RETRY_SECONDS", 0.02)
+    job_id = rig.submit(num_inference_steps=1, seed=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.store, "complete", away(rig.store.complete, 10**6))
+        loop = rig.loop(lease_seconds=0.1)
+        drain(loop)
+    assert rig.files() == []
+    assert loop._running == {}
+
+    time.sleep(0.2)
+    rig.store.reap(max_attempts=3)
+    drain(rig.loop(name="w2"))
+    assert rig.store.get(job_id).status is Status.COMPLETED
+
+
+def test_a_job_that_was_started_before_runs_alone(rig):
+    """It may be what kills workers: nothing is in the backend beside it, before, while or after it runs."""
+    suspect = rig.submit(num_inference_steps=3, seed=1)
+    rig.store.claim("dead", 1, 0.01)
+    time.sleep(0.05)
+    rig.store.reap(max_attempts=3)
+    others = [rig.submit(num_inference_steps=3, seed=i) for i in range(4)]
+    together = []
+
+    class Watching(FakeBackend):
+        def step(self):
+            together.append(set(self._requests))
+            return super().step()
+
+    drain(rig.loop(Watching(0)))
+
+    assert all(rig.store.get(job_id).status is Status.COMPLETED for job_id in [suspect, *others])
+    assert [company for company in together if suspect in company] == [{suspect}] * 3
+    assert any(len(company) > 1 for company in together), "the others do run together"
+
+
+def test_a_row_that_cannot_be_read_fails_and_the_worker_goes_on(rig):
+    """A row of another version is its own end only."""
+    broken = NewJob("m", {"request": {"nonsense": 1}, "output": {}}, rig.key_id, seed=1)
+    bad, good = rig.store.create(broken, max_queued=9).id, rig.submit(num_inference_steps=1, seed=1)
+    drain(rig.loop())
+    assert rig.store.get(bad).status is Status.FAILED
+    assert rig.store.get(good).status is Status.COMPLETED
+
+
+def test_a_backend_that_breaks_ends_the_worker_and_counts_against_the_job(rig):
+    """No hand-back: after three such ends the job is given up instead of breaking workers for ever."""
+
+    class Broken(FakeBackend):
+        def step(self):
+            raise RuntimeError("the device is gone")
+
+    job_id = rig.submit(seed=1)
+    for attempt in range(3):
+        with pytest.raises(RuntimeError, match="device is gone"):
+            rig.loop(Broken(0), name=f"w{attempt}", lease_seconds=0.05).run()
+        time.sleep(0.1)
+        rig.store.reap(max_attempts=3)
+    failed = rig.store.get(job_id)
+    assert failed.status is Status.FAILED
+    assert "died 3 times" in failed.error
+
+
+def test_a_backend_that_hangs_is_told_of(rig, monkeypatch):
+    """The heartbeat notices, so that the process can end and be replaced."""
+    monkeypatch.setattr("impasto.worker.loop.STALL_LEASES", 2)
+    stalled, release = threading.Event(), threading.Event()
+
+    class Hanging(FakeBackend):
+        def step(self):
+            release.wait(20)
+            return super().step()
+
+    rig.submit(num_inference_steps=1, seed=1)
+    loop = rig.loop(Hanging(0), lease_seconds=0.2, on_stall=stalled.set)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    assert stalled.wait(20)
+    release.set()
+    loop.stop()
+    thread.join(20)
+
+
+def test_handing_back_goes_on_when_one_job_cannot_be(rig, monkeypatch):
+    """The store is away for the first release; the second job is back in the queue all the same."""
+    ids = [rig.submit(num_inference_steps=50, seed=i) for i in range(2)]
+    loop = rig.loop(slots=2)
+    loop.turn()
+    monkeypatch.setattr(rig.store, "release", away(rig.store.release, 1))
+    loop._hand_back()
+    assert sorted(rig.store.get(job_id).status for job_id in ids) == [Status.CREATED, Status.PROCESSING]

@@ -113,7 +113,8 @@ class Integer:
         number = _number(value, path, "an integer")
         if isinstance(number, float) and not number.is_integer():
             raise InvalidInput(path, f"must be an integer, got {shown(value)}")
-        return int(_in_range(number, self.bounds, path))
+        self.bounds.check(path, number)
+        return int(number)
 
     def schema(self) -> Schema:
         """An integer with both ends of its range."""
@@ -135,7 +136,9 @@ class Number:
 
     def read(self, value: object, path: str) -> float:
         """Return the number as a ``float``."""
-        return float(_in_range(_number(value, path, "a number"), self.bounds, path))
+        number = _number(value, path, "a number")
+        self.bounds.check(path, number)
+        return float(number)
 
     def schema(self) -> Schema:
         """A number with both ends of its range."""
@@ -279,14 +282,6 @@ def _number(value: object, path: str, wanted: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidInput(path, f"must be {wanted}, got {shown(value)}")
     return value
-
-
-def _in_range(number: int | float, bounds: Bounds, path: str) -> int | float:
-    """Check without ``Bounds.check``: its message rounds to six digits, and a huge integer has no float form."""
-    if not bounds.low <= number <= bounds.high:
-        low, high = (int(end) if end == int(end) else end for end in (bounds.low, bounds.high))
-        raise InvalidInput(path, f"must be between {low} and {high}, got {shown(number)}")
-    return number
 
 
 def _described(field: Field, **keywords: Any) -> Schema:

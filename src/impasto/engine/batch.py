@@ -17,6 +17,7 @@ from impasto.engine.latents import noise_like
 from impasto.engine.samplers import Sampler
 from impasto.engine.samplers.moment import Memory, Moment, guided, rescaled
 from impasto.engine.sigmas import Trajectory
+from impasto.lora.apply import LoraSet
 from impasto.types import GenerationRequest
 
 
@@ -52,12 +53,10 @@ class Row:
         """What the network is told now, a scalar."""
         return self.trajectory.timesteps[self.calls]
 
-    def advance(self, denoised: Tensor) -> None:
-        """Move on, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
+    def moved(self, denoised: Tensor) -> tuple[Tensor, Memory]:
+        """Return the next latents and memory, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
         draw = partial(noise_like, self.latents, self.generator)
-        moment = Moment(self.latents, denoised, self.calls, self.trajectory, self.memory, draw)
-        self.latents, self.memory = self.sampler.step(moment)
-        self.calls += 1
+        return self.sampler.step(Moment(self.latents, denoised, self.calls, self.trajectory, self.memory, draw))
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +64,7 @@ class InFlight:
     """A request whose images are not all delivered."""
 
     request: GenerationRequest
+    loras: LoraSet
     rows: dict[int, Row] = field(default_factory=dict)  # by row id; finished rows stay until the request ends
     delivered: int = 0
     started: float = 0.0  # time.perf_counter() at admission

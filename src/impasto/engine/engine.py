@@ -32,7 +32,7 @@ from impasto.engine.sigmas import NoiseSchedule
 from impasto.lora.apply import Adapters
 from impasto.models.catalog import find_model
 from impasto.models.sdxl import Sdxl
-from impasto.types import LIMITS, Event, Failed, Finished, GenerationRequest, ImageReady, Progress
+from impasto.types import LIMITS, Event, Failed, Finished, GenerationRequest, ImageReady, Progress, seed_of_image
 
 DEFAULT_MAX_BATCH = 4  # images sharing one network call
 
@@ -55,6 +55,7 @@ class Engine:
         self._running: dict[str, InFlight] = {}
         self._rows: dict[int, Row] = {}
         self._row_ids = itertools.count()
+        self._undelivered: list[Event] = []  # of other requests, seen while ``generate`` ran one
 
     @classmethod
     def load(
@@ -73,7 +74,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._pending or self._running)
+        return bool(self._pending or self._running or self._undelivered)
 
     def submit(self, request: GenerationRequest, request_id: str | None = None) -> str:
         """Queue a request and return its id; a seed of -1 is drawn when it starts."""
@@ -92,15 +93,17 @@ class Engine:
     def generate(self, request: GenerationRequest) -> Iterator[Event]:
         """Run one request to its end, yielding its events; closing the iterator cancels it.
 
+        Other requests in the engine move along; their events wait for whoever calls ``step`` or ``generate`` next.
+
         Raises:
             ImpastoError: The request failed.
         """
         request_id = self.submit(request)
         try:
-            while request_id in self._pending or request_id in self._running:
-                for event in self.step():
-                    if event.request_id != request_id:
-                        continue
+            while self._has(request_id):
+                mine, others = _apart(self.step(), request_id)
+                self._undelivered += others
+                for event in mine:
                     if isinstance(event, Failed):
                         raise event.error
                     yield event
@@ -110,13 +113,17 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Admit what is queued, move one batch by one step, and deliver what is done."""
-        events: list[Event] = []
+        events, self._undelivered = self._undelivered, []
         for request_id in list(self._pending):
             events += self._admit(request_id, self._pending.pop(request_id))
         moving = self._scheduler.next_rows()
         if moving:
             events += self._move(moving)
         return events
+
+    def _has(self, request_id: str) -> bool:
+        waiting = any(event.request_id == request_id for event in self._undelivered)
+        return waiting or request_id in self._pending or request_id in self._running
 
     def _admit(self, request_id: str, request: GenerationRequest) -> list[Event]:
         """Encode the prompt and draw the noise of each image; a request that cannot start fails alone."""
@@ -127,7 +134,7 @@ class Engine:
         self._running[request_id] = flight
         for row_id, row in flight.rows.items():
             self._rows[row_id] = row
-            bucket = (tuple(row.latents.shape), request.loras)
+            bucket = (tuple(row.latents.shape), flight.loras)
             self._scheduler.add(row_id, bucket, row.remaining)
         return []
 
@@ -136,7 +143,8 @@ class Engine:
             request = replace(request, seed=secrets.randbelow(int(LIMITS.seed.high) + 1))
         sampler = SAMPLERS[request.scheduler]
         path = sampler.plan(self._schedule, request.num_inference_steps)
-        with self._adapters.active(request.loras):
+        loras = self._adapters.resolve(request.loras)
+        with self._adapters.active(loras):
             conditioning = condition(
                 self._prompts,
                 request.prompt,
@@ -145,16 +153,17 @@ class Engine:
                 zero_absent_negative=self._model.zero_absent_negative,
                 width=request.width,
                 height=request.height,
-                weights=request.loras,
+                weights=loras,
             )
-        flight = InFlight(request, started=time.perf_counter())
+        flight = InFlight(request, loras, started=time.perf_counter())
         for index in range(request.num_images):
-            generator = seeded(request.seed + index)
+            seed = seed_of_image(request.seed, index)
+            generator = seeded(seed)
             start = noise(latent_shape(request.width, request.height), generator) * path.initial_scale
             flight.rows[next(self._row_ids)] = Row(
                 request_id=request_id,
                 index=index,
-                seed=request.seed + index,
+                seed=seed,
                 latents=start.to(self._model.device),
                 trajectory=path,
                 sampler=sampler,
@@ -169,9 +178,8 @@ class Engine:
         """Take one denoising step with these rows. If the call fails, each is tried alone and fails alone."""
         rows = [self._rows[row_id] for row_id in row_ids]
         start = time.perf_counter()
-        try:
-            self._denoise(rows)
-        except Exception as error:  # noqa: BLE001  (one bad row must not take the batch with it)
+        error = self._tried(rows)
+        if error is not None:
             if len(row_ids) == 1:
                 self._forget(rows[0].request_id)
                 return [Failed(rows[0].request_id, error)]
@@ -187,6 +195,14 @@ class Engine:
                 events += self._deliver(row)
         return events
 
+    def _tried(self, rows: list[Row]) -> Exception | None:
+        """Denoise, and return what went wrong, without the traceback that would keep the failed call's memory."""
+        try:
+            self._denoise(rows)
+        except Exception as error:  # noqa: BLE001  (one bad row must not take the batch with it)
+            return error.with_traceback(None)
+        return None
+
     def _denoise(self, rows: list[Row]) -> None:
         """One UNet call over the rows, each at its own noise level; then each row's sampler moves it on."""
         device = self._model.device
@@ -194,13 +210,15 @@ class Engine:
         x = torch.stack([rows[i].latents for i in call.order])
         sigma = torch.tensor([rows[i].sigma for i in call.order], device=device)
         timesteps = torch.stack([rows[i].timestep for i in call.order]).to(device)
-        with self._adapters.active(self._running[rows[0].request_id].request.loras):
+        with self._adapters.active(self._running[rows[0].request_id].loras):
             output = self._model.predict(scale_input(x, sigma), timesteps, call.tokens, call.pooled, call.time_ids)
         ordered, prediction = combine(call, rows, output)
         first = call.guided  # the negative half is spent
         clean = denoise(x[first:], prediction, sigma[first:], self._schedule.prediction_type)
-        for row, denoised in zip(ordered, clean, strict=True):
-            row.advance(denoised)
+        moves = [row.moved(denoised) for row, denoised in zip(ordered, clean, strict=True)]
+        for row, (latents, memory) in zip(ordered, moves, strict=True):  # all or none: a failed call is tried again
+            row.latents, row.memory = latents, memory
+            row.calls += 1
 
     def _deliver(self, row: Row) -> list[Event]:
         """Decode a row that reached noise level 0."""
@@ -225,3 +243,9 @@ class Engine:
         for row_id in flight.rows:
             self._rows.pop(row_id, None)
         return True
+
+
+def _apart(events: list[Event], request_id: str) -> tuple[list[Event], list[Event]]:
+    """Divide events into those of one request and the rest."""
+    mine = [event for event in events if event.request_id == request_id]
+    return mine, [event for event in events if event.request_id != request_id]

@@ -121,7 +121,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 def _unavailable() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout) as error:
+    except (OperationalError, InterfaceError, PoolTimeout, sqlite.OperationalError) as error:
         raise Unavailable("the job store cannot answer now; try again in a few seconds") from error
 
 
@@ -157,7 +157,7 @@ def upgrade(engine: Engine) -> None:
     Raises:
         Unavailable: The database cannot be reached, or another process held it for too long.
     """
-    # Imported here: workers and commands that never migrate need not pay for it.
+    # Imported here: most imports of this module come from processes that never migrate.
     from alembic import command
     from alembic.config import Config
 

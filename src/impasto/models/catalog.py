@@ -26,25 +26,27 @@ class ModelSource:
 
     Attributes:
         name: What the user called it.
-        folder: A diffusers folder with ``model_index.json``.
-        index: The content of ``model_index.json``.
+        path: A diffusers folder with ``model_index.json``, or a single-file checkpoint.
+        index: The content of ``model_index.json``; empty for a checkpoint.
         native_side: Side of the square pictures it draws best, in pixels.
     """
 
     name: str
-    folder: Path
+    path: Path
     index: dict[str, Any]
     native_side: int
 
 
 def find_model(name: str) -> ModelSource:
-    """Find the model called ``name``: ``builtin``, or the path of a diffusers folder.
+    """Find the model called ``name``: ``builtin``, or the path of a diffusers folder or a ``.safetensors`` checkpoint.
 
     Raises:
         ModelError: Nothing there, or something that is not an SDXL folder; the message says what it is.
     """
     builtin = name == BUILTIN
     folder = BUILTIN_FOLDER if builtin else Path(name).expanduser()
+    if folder.is_file():
+        return ModelSource(name, folder, {}, SDXL_NATIVE_SIDE)
     index = _read_index(name, folder)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
@@ -53,10 +55,10 @@ def find_model(name: str) -> ModelSource:
 
 
 def _read_index(name: str, folder: Path) -> dict[str, Any]:
-    if folder.is_file():
-        raise ModelError(f"model {name!r} is a file; this version loads diffusers folders")
     if not folder.is_dir():
-        raise ModelError(f"model {name!r} was not found: give 'builtin' or the path of a diffusers folder")
+        raise ModelError(
+            f"model {name!r} was not found: give 'builtin', or the path of a diffusers folder or .safetensors file"
+        )
     try:
         index = json.loads((folder / "model_index.json").read_text())
     except FileNotFoundError:

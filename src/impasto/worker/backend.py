@@ -12,9 +12,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from impasto.types import Event, Finished, GenerationRequest, ImageReady, Progress
+from impasto.types import Event, Finished, GenerationRequest, ImageReady, Progress, seed_of_image
 
-FAKE_MODEL = "fake"  # the model name that asks for this
 FAKE_STEP_SECONDS = 0.02
 
 
@@ -76,8 +75,8 @@ class FakeBackend:
 
     def _pictures(self, request_id: str, request: GenerationRequest) -> list[Event]:
         pictures: list[Event] = [
-            ImageReady(request_id, i, request.seed + i, draw_pattern(request, request.seed + i))
-            for i in range(request.num_images)
+            ImageReady(request_id, i, seed, draw_pattern(request, seed))
+            for i, seed in enumerate(seed_of_image(request.seed, i) for i in range(request.num_images))
         ]
         return [*pictures, Finished(request_id, request.num_inference_steps * self._step_seconds)]
 

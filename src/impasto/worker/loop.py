@@ -9,10 +9,9 @@ publish anything for it. Progress travels with the heartbeat, which also brings 
 from __future__ import annotations
 
 import logging
-import secrets
-import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,10 @@ from impasto.worker.backend import Backend
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
+RETRY_SECONDS = 0.5  # between tries of a write while the store is away
 BEAT_SECONDS = 1.0  # between heartbeats, which carry progress out and cancellations in
 BEATS_PER_LEASE = 4  # at least
-STALL_LEASES = 20  # a backend that has not moved for this many leases no longer keeps its jobs
-
-
-def new_name() -> str:
-    """Return a worker name that no other worker has, and that tells an operator where it runs."""
-    return f"{socket.gethostname()}-{secrets.token_hex(6)}"
+STALL_LEASES = 20  # a backend that has not moved for this many leases will not
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +43,11 @@ class Running:
     claimed: float  # time.monotonic()
     outputs: dict[int, Output] = field(default_factory=dict)  # by image index
     progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an earlier attempt ended without a result: it may be this job that kills workers."""
+        return self.lease.attempt > 1
 
 
 class WorkerLoop:
@@ -62,6 +62,7 @@ class WorkerLoop:
         slots: Most jobs in the backend at once.
         lease_seconds: Silence after which the store gives this worker's jobs away.
         max_attempts: Times a job is started before the store gives it up.
+        on_stall: Called, from another thread, when the backend has not moved for ``STALL_LEASES`` leases.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class WorkerLoop:
         slots: int = 4,
         lease_seconds: float = 30.0,
         max_attempts: int = 3,
+        on_stall: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._outputs = outputs
@@ -84,7 +86,9 @@ class WorkerLoop:
         self._slots = slots
         self._lease_seconds = lease_seconds
         self._max_attempts = max_attempts
+        self._on_stall = on_stall
         self._running: dict[str, Running] = {}
+        self._waiting: tuple[Running, GenerationRequest] | None = None  # a suspect, until it can run alone
         self._lock = threading.Lock()  # guards _running's membership and _dropped
         self._dropped: set[Lease] = set()  # lost or cancelled leases, told by the heartbeat
         self._stopping = threading.Event()
@@ -95,7 +99,11 @@ class WorkerLoop:
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until ``stop``, then hand back what is unfinished."""
+        """Work until ``stop``, then hand back what is unfinished.
+
+        An exception of the backend ends it without handing back: the leases run out, and that counts against the
+        jobs, so that one which breaks every worker is given up in the end.
+        """
         beat = threading.Thread(target=self._keep_leases, name="heartbeat", daemon=True)
         beat.start()
         watcher = ChangeWatcher(self._store)
@@ -104,13 +112,13 @@ class WorkerLoop:
                 try:
                     if not self.turn():
                         watcher.wait(IDLE_SECONDS)
-                except Unavailable as error:  # jobs whose result could not be written run again after their lease
+                except Unavailable as error:
                     log.warning("the job store is away: %s", error)
                     self._stopping.wait(IDLE_SECONDS)
+            self._hand_back()
         finally:
             self._stopping.set()
             beat.join(timeout=5)
-            self._hand_back()
 
     def turn(self) -> bool:
         """Claim what fits, move one step, deal with what came of it; return whether there was anything to do."""
@@ -124,20 +132,35 @@ class WorkerLoop:
         return True
 
     def _claim(self) -> None:
-        free = self._slots - len(self._running)
-        if free < 1:
+        """Fill the free slots, one job at a time; a suspect waits until it can run alone, and nothing joins it."""
+        while self._waiting is None and len(self._running) < self._slots and not self._has_suspect():
+            loaded = [name for running in self._running.values() for name in running.job.lora_key]
+            jobs = self._store.claim(self._name, 1, self._lease_seconds, loaded=loaded)
+            if not jobs:
+                break
+            self._admit(jobs[0])
+        if self._waiting is not None and not self._backend.busy:
+            running, request = self._waiting
+            self._waiting = None
+            self._backend.submit(request, running.job.id)
+
+    def _admit(self, job: Job) -> None:
+        running = Running(job, Lease(job.id, job.attempt), time.monotonic())
+        try:
+            request = self._request(job)
+        except Exception as error:  # noqa: BLE001  (a row that cannot be read is its own fault, not the worker's)
+            self._fail(running, error)
             return
-        for job in self._store.claim(self._name, free, self._lease_seconds):
-            running = Running(job, Lease(job.id, job.attempt), time.monotonic())
-            try:
-                request = self._request(job)
-            except ImpastoError as error:
-                self._fail(running, error)
-                continue
-            with self._lock:
-                self._running[job.id] = running
+        with self._lock:
+            self._running[job.id] = running
+        log.info("job %s: attempt %d", job.id, job.attempt)
+        if running.suspect:
+            self._waiting = (running, request)
+        else:
             self._backend.submit(request, job.id)
-            log.info("job %s: attempt %d", job.id, job.attempt)
+
+    def _has_suspect(self) -> bool:
+        return any(running.suspect for running in self._running.values())
 
     def _request(self, job: Job) -> GenerationRequest:
         """Rebuild the request, with the resolved seed and each LoRA's name turned into a file."""
@@ -159,22 +182,23 @@ class WorkerLoop:
         )
 
     def _handle(self, event: Event) -> None:
+        """Deal with one event; whatever goes wrong is that job's end, never the worker's or another job's."""
         running = self._running.get(event.request_id)
         if running is None:
             return
-        match event:
-            case Progress(step=step, total=total):
-                running.progress = {"step": step, "total": total}
-            case ImageReady():
-                try:
+        try:
+            match event:
+                case Progress(step=step, total=total):
+                    running.progress = {"step": step, "total": total}
+                case ImageReady():
                     self._store_picture(running, event)
-                except Exception as error:  # noqa: BLE001  (a full disk fails the job, not the worker)
-                    self._backend.cancel(event.request_id)
+                case Finished():
+                    self._complete(running)
+                case Failed(error=error):
                     self._fail(running, error)
-            case Finished():
-                self._complete(running)
-            case Failed(error=error):
-                self._fail(running, error)
+        except Exception as error:  # noqa: BLE001  (a full disk, say)
+            self._backend.cancel(event.request_id)
+            self._fail(running, error)
 
     def _store_picture(self, running: Running, event: ImageReady) -> None:
         file_format: OutputFormat = running.job.input["output"]["format"]
@@ -188,7 +212,7 @@ class WorkerLoop:
         self._forget(running)
         outputs = [running.outputs[index] for index in sorted(running.outputs)]
         timings = {"inference": round((time.monotonic() - running.claimed) * 1000)}
-        if self._store.complete(running.lease, outputs, timings):
+        if self._written(lambda: self._store.complete(running.lease, outputs, timings)):
             log.info("job %s: completed in %d ms", running.job.id, timings["inference"])
         else:
             self._discard(running)
@@ -200,16 +224,32 @@ class WorkerLoop:
         else:
             log.error("job %s failed", running.job.id, exc_info=error)
             message = f"the engine failed on this request ({type(error).__name__}); the server's log has the details"
-        self._store.fail(running.lease, message, type(error).__name__)
+        self._written(lambda: self._store.fail(running.lease, message, type(error).__name__))
         self._discard(running)
+
+    def _written(self, write: Callable[[], bool]) -> bool:
+        """Try to end a job until the store answers; when the lease has run out, the job will be run again."""
+        deadline = time.monotonic() + self._lease_seconds
+        while True:
+            try:
+                return write()
+            except Unavailable as error:
+                log.warning("the job store is away: %s", error)
+                if time.monotonic() > deadline or self._stopping.wait(RETRY_SECONDS):
+                    return False
 
     def _discard(self, running: Running) -> None:
         """Delete the pictures of an attempt that nobody will see."""
-        self._outputs.delete([output.blob for output in running.outputs.values()])
+        try:
+            self._outputs.delete([output.blob for output in running.outputs.values()])
+        except Exception:  # files that stay cost space, nothing else
+            log.exception("job %s: its files could not be deleted", running.job.id)
 
     def _forget(self, running: Running) -> None:
         with self._lock:
             self._running.pop(running.job.id, None)
+        if self._waiting is not None and self._waiting[0] is running:
+            self._waiting = None
 
     def _drop_told(self) -> None:
         """Drop jobs the heartbeat found lost or cancelled."""
@@ -226,8 +266,9 @@ class WorkerLoop:
         """Send heartbeats from a thread of their own: a step may take longer than a lease."""
         while not self._stopping.wait(min(BEAT_SECONDS, self._lease_seconds / BEATS_PER_LEASE)):
             if time.monotonic() - self._moved > STALL_LEASES * self._lease_seconds:
-                log.error("the backend has not moved for %d leases; letting its jobs go", STALL_LEASES)
-                continue
+                log.error("the backend has not moved for %d leases", STALL_LEASES)
+                self._on_stall()
+                return
             try:
                 self._beat()
             except Exception:  # the database may be away for a moment: keep trying inside the lease
@@ -243,8 +284,12 @@ class WorkerLoop:
         self._store.reap(self._max_attempts)
 
     def _hand_back(self) -> None:
+        """Give unfinished jobs back to the queue, each on its own: one that cannot be is run after its lease."""
         for running in list(self._running.values()):
             self._backend.cancel(running.job.id)
-            self._store.release(running.lease)
+            try:
+                self._store.release(running.lease)
+            except Unavailable as error:
+                log.warning("job %s could not be handed back: %s", running.job.id, error)
             self._discard(running)
             self._forget(running)

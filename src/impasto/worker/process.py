@@ -13,24 +13,23 @@ import sys
 import threading
 from typing import Any
 
-from impasto.config import FAKE_STEP_VARIABLE, Settings
+from impasto.config import Settings
 from impasto.errors import ConfigError, ImpastoError
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 from impasto.logs import set_up_logging
-from impasto.worker.backend import FAKE_MODEL, FAKE_STEP_SECONDS, Backend, FakeBackend
+from impasto.worker.backend import Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
+from impasto.worker.naming import EXIT_CONFIG, EXIT_STALLED, FAKE_MODEL
 
 log = logging.getLogger(__name__)
-
-EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again would not help
 
 
 def make_backend(settings: Settings) -> Backend:
     """Build what the setting ``model`` names."""
     if settings.model == FAKE_MODEL:
-        return FakeBackend(float(os.environ.get(FAKE_STEP_VARIABLE, FAKE_STEP_SECONDS)))
+        return FakeBackend(settings.fake_step_seconds)
     from impasto.engine.engine import Engine
 
     return Engine.load(settings.model, device=settings.device, dtype=settings.dtype, max_batch=settings.max_batch)
@@ -49,6 +48,7 @@ def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
         slots=settings.max_batch,
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
+        on_stall=lambda: os._exit(EXIT_STALLED),
     )
 
 
@@ -71,7 +71,8 @@ def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int
 
 
 def _stop_at_end_of_input(loop: Any) -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read(): it holds a lock that the exit would wait for
+        pass
     loop.stop()
 
 

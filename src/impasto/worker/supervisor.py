@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from impasto.config import Settings
-from impasto.worker.loop import new_name
+from impasto.worker.naming import EXIT_CONFIG, new_name
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +30,18 @@ class Supervisor:
     Args:
         settings: Handed to the process through its environment.
         on_death: Called with the worker's name after each unexpected end, so that its leases can end at once.
+        on_hopeless: Called when the worker cannot run with these settings; it is not started again.
     """
 
-    def __init__(self, settings: Settings, on_death: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, on_death: Callable[[str], object], on_hopeless: Callable[[], object]
+    ) -> None:
         self._settings = settings
         self._on_death = on_death
+        self._on_hopeless = on_hopeless
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the worker now running, if one is."""
-        process = self._process
-        return process.pid if process is not None and process.poll() is None else None
 
     def start(self) -> None:
         """Start the worker and keep it running."""
@@ -66,23 +64,38 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             name = new_name()
-            status = self._run_once(name)
+            try:
+                status = self._run_once(name)
+            except OSError as error:  # no more processes or memory, for now
+                log.error("the worker could not be started: %s", error)
+                status = -1
             if self._stopping.is_set():
                 return
+            if status == EXIT_CONFIG:
+                log.error("the worker cannot run with these settings")
+                self._on_hopeless()
+                return
+            self._report_death(name)
             if time.monotonic() - started > HEALTHY_AFTER:
                 pause = FIRST_PAUSE
             log.warning("worker %s ended with status %d; starting another in %.1f s", name, status, pause)
-            if self._on_death is not None:
-                self._on_death(name)
             self._stopping.wait(pause)
             pause = min(pause * 2, LAST_PAUSE)
 
+    def _report_death(self, name: str) -> None:
+        try:
+            self._on_death(name)
+        except Exception:  # its leases run out by themselves
+            log.exception("the end of worker %s could not be noted", name)
+
     def _run_once(self, name: str) -> int:
         # The open pipe on standard input tells the worker that we are alive; it ends when the pipe closes.
+        # A session of its own keeps the terminal's Ctrl-C from it: we decide when it ends.
         with subprocess.Popen(
             [sys.executable, "-m", "impasto.worker.process", name],
             stdin=subprocess.PIPE,
             env={**os.environ, **self._settings.to_environment()},
+            start_new_session=True,
         ) as process:
             self._process = process
             if self._stopping.is_set():  # stop() ran before there was a process to end
