@@ -168,10 +168,8 @@ def test_a_model_that_is_not_there_stops_start_up(tmp_path):
         timeout=30,
     )
     assert run.returncode == 1
-    assert (
-        run.stderr.strip()
-        == "impasto: model 'nowhere' was not found: give 'builtin', or the path of a diffusers folder or .safetensors file"
-    )
+    assert run.stderr.startswith("impasto: model 'nowhere' was not found: give 'builtin', or")
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_settings_that_the_worker_cannot_run_with_end_the_service(tmp_path):
