@@ -22,7 +22,7 @@ REQUESTS = {
     "wide": GenerationRequest("a rocket", width=768, height=512, num_inference_steps=3, seed=2),
     "off the grid of 64": GenerationRequest("a rocket", width=520, height=648, num_inference_steps=2, seed=2),
     "large seed": GenerationRequest("a pizza", num_inference_steps=2, seed=9_999_999_999),
-    "long prompt": GenerationRequest("a cat and a dog " * 40, num_inference_steps=2, seed=3),
+    "a full window": GenerationRequest("a b c d e " * 15, num_inference_steps=2, seed=3),
 }
 
 

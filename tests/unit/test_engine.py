@@ -11,7 +11,7 @@ from impasto.engine.engine import Engine
 from impasto.engine.latents import latent_shape, noise, seeded
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.sigmas import NoiseSchedule
-from impasto.errors import ConfigError, LoraError, ModelError
+from impasto.errors import ConfigError, InvalidInput, LoraError, ModelError
 from impasto.types import Failed, Finished, GenerationRequest, ImageReady, LoraRef, Progress
 from tests.random_sdxl import save_random_sdxl
 
@@ -188,6 +188,24 @@ def test_noise_depends_on_the_seed_alone():
 def test_size_ids_put_heights_before_widths():
     """Original size, crop corner, target size."""
     assert size_ids(width=768, height=512).tolist() == [512, 768, 0, 0, 512, 768]
+
+
+def test_a_long_prompt_is_read_to_its_end(engine):
+    """Words behind the first 75 tokens change the picture; windows are whole, and a short batch-mate is not changed."""
+    short, long = "a b " * 30, "a b " * 45
+    lengths = [len(engine._model.encode(prompt)[0]) for prompt in ("", short, long, long * 2)]
+    assert lengths == [77, 77, 154, 231]
+    together = run(engine, request(long), request(long + "fox"), request(short), request(short, negative_prompt=long))
+    one, other, third, fourth = (pictures(together[str(i)])[0] for i in range(4))
+    assert np.abs(one - other).mean() > 0.1
+    for picture, item in ((third, request(short)), (fourth, request(short, negative_prompt=long))):
+        assert np.abs(picture - pictures(engine.generate(item))[0]).max() <= SINGLE_PIXEL
+
+
+def test_a_prompt_beyond_all_windows_is_an_error_that_counts(engine):
+    """Nothing is cut in silence."""
+    with pytest.raises(InvalidInput, match="prompt has 1510 tokens; at most 1500"):
+        list(engine.generate(request("a " * 1510)))
 
 
 def test_prompts_are_encoded_once_until_the_cache_is_full():

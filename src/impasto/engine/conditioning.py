@@ -20,12 +20,20 @@ class Embedding:
     """One prompt as the two text encoders see it.
 
     Attributes:
-        tokens: Penultimate hidden states of both encoders side by side, ``[T, D]``.
+        tokens: Penultimate hidden states of both encoders side by side, ``[T, D]``; 77 for each window of the prompt.
         pooled: Projected pooled state of the second encoder, ``[P]``.
     """
 
     tokens: Tensor
     pooled: Tensor
+
+    def widened(self, blank: Embedding, length: int) -> Embedding:
+        """Return this embedding followed by as many ``blank`` windows as make ``length`` tokens."""
+        missing = length - len(self.tokens)
+        if missing == 0:
+            return self
+        windows = [blank.tokens] * (missing // len(blank.tokens))
+        return Embedding(torch.cat([self.tokens, *windows]), self.pooled)
 
     def zeros(self) -> Embedding:
         """The embedding SDXL was trained to read as "no prompt at all"."""
@@ -82,11 +90,15 @@ def condition(
     """Build the conditioning of a request.
 
     An absent negative prompt is zeros where the model says so (``force_zeros_for_empty_prompt``); an empty one is
-    the embedding of the empty text. They give different pictures.
+    the embedding of the empty text. They give different pictures. Of two prompts of different length the shorter is
+    filled up with windows of empty text.
     """
-    positive = cache.embed(prompt, weights)
-    negative: Embedding | None = None
-    if guidance:
-        absent = negative_prompt is None and zero_absent_negative
-        negative = positive.zeros() if absent else cache.embed(negative_prompt or "", weights)
+    positive, negative = cache.embed(prompt, weights), None
+    if guidance and negative_prompt is None and zero_absent_negative:
+        negative = positive.zeros()
+    elif guidance:
+        negative = cache.embed(negative_prompt or "", weights)
+        blank = cache.embed("", weights)
+        length = max(len(positive.tokens), len(negative.tokens))
+        positive, negative = positive.widened(blank, length), negative.widened(blank, length)
     return Conditioning(positive, negative, size_ids(width, height))

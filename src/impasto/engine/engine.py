@@ -134,7 +134,7 @@ class Engine:
         self._running[request_id] = flight
         for row_id, row in flight.rows.items():
             self._rows[row_id] = row
-            bucket = (tuple(row.latents.shape), flight.loras)
+            bucket = (tuple(row.latents.shape), len(row.conditioning.positive.tokens), flight.loras)
             self._scheduler.add(row_id, bucket, row.remaining)
         return []
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from impasto.errors import ModelError
+from impasto.errors import InvalidInput, ModelError
 from impasto.models.catalog import BUILTIN_FOLDER, ModelSource
 from impasto.models.checkpoint import END_TOKEN, read_checkpoint
 from impasto.models.original import State, text_config, unet_config, vae_config
+
+MAX_WINDOWS = 20  # of a prompt; 1,500 tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -73,19 +75,19 @@ class Sdxl:
         """Embed one prompt with both encoders.
 
         Returns:
-            Tokens ``[77, D]``, the encoders' penultimate hidden states side by side (768 + 1280 for SDXL), and the
-            second encoder's pooled projection ``[P]``. Text past the encoders' window is cut.
+            Tokens ``[77 * windows, D]``, the encoders' penultimate hidden states side by side (768 + 1280 for SDXL),
+            and the second encoder's pooled projection of the first window ``[P]``. A prompt longer than the
+            encoders' window is read in several.
+
+        Raises:
+            InvalidInput: The prompt has more than ``MAX_WINDOWS`` windows.
 
         Source: Podell et al. 2023 (arXiv:2307.01952), section 2.1.
         """
         states = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            window = tokenizer.model_max_length
-            ids = tokenizer(
-                prompt, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
-            ).input_ids
-            output = encoder(ids.to(self.device), output_hidden_states=True)
-            states.append(output.hidden_states[-2][0])
+            output = encoder(_windows(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2].flatten(0, 1))
         return torch.cat(states, dim=-1), output.text_embeds[0]
 
     def predict(self, latents: Tensor, timesteps: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
@@ -126,6 +128,21 @@ class Sdxl:
     def networks(self) -> dict[str, nn.Module]:
         """The networks that a LoRA may change, by diffusers' names."""
         return {"unet": self.unet, "text_encoder": self.text_encoders[0], "text_encoder_2": self.text_encoders[1]}
+
+
+def _windows(tokenizer: Any, prompt: str) -> Tensor:
+    """Cut a prompt into the encoder's windows, each with its own start and end, ``[windows, 77]``."""
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    room = tokenizer.model_max_length - 2
+    chunks = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+    if len(chunks) > MAX_WINDOWS:
+        raise InvalidInput("prompt", f"has {len(ids)} tokens; at most {MAX_WINDOWS * room} are read")
+    return torch.tensor(
+        [
+            [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (room - len(chunk))
+            for chunk in chunks
+        ]
+    )
 
 
 @contextmanager
