@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from training import batches, captions, export, pools, unet, words
+from training import batches, captions, export, pools, reading, unet, words
 from training.places import BUILTIN
-from training.subjects import BACKGROUNDS, STYLES, SUBJECTS
+from training.subjects import BACKGROUNDS, CAST, CAST_STYLE, STYLES, SUBJECTS
 from training.team import alone
 
 
@@ -78,15 +78,34 @@ def test_reframing_moves_and_widens_without_cutting() -> None:
     assert wide[0, 10:26, 13:29].all()
 
 
+def test_the_cast_is_part_of_the_table() -> None:
+    assert set(CAST) <= {subject.name for subject in SUBJECTS}
+    assert CAST_STYLE in STYLES
+
+
+def test_a_pool_can_be_narrowed_to_a_cast() -> None:
+    pool = pools.Pool(torch.arange(6.0).view(6, 1, 1, 1), np.array([(i, i % 2, 0) for i in range(6)]))
+    narrow = pool.only({0, 1, 4}, style=0)
+    assert narrow.shows[:, 0].tolist() == [0, 4]
+    assert narrow.latents.flatten().tolist() == [0.0, 4.0]
+
+
 def tiny_pool(*_: object) -> pools.Pool:
     latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    return pools.Pool(latents, np.array([(i, i % 2, i) for i in range(6)]))
+    return pools.Pool(latents, np.array([(i, STYLES.index(CAST_STYLE), i) for i in range(6)]))
+
+
+def untaught() -> reading.Reader:
+    """Text encoders as they are before the reading stage."""
+    torch.manual_seed(0)
+    return reading.Reader()
 
 
 def losses_of(state: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> list[float]:
     """Train on a tiny curriculum, asked to stop after some steps."""
     asked = iter(range(100))
     monkeypatch.setattr(unet, "pool", tiny_pool)
+    monkeypatch.setattr(unet, "taught", untaught)
     monkeypatch.setattr(unet, "asked_to_stop", lambda: next(asked) >= stop_after)
     tiny = (unet.Stage("tiny", (batches.Frame(16, 16, 128),), 4, 2, (1e-3, 1e-4), tokens=16),)
     return unet.train(alone(), tiny, state)
@@ -114,7 +133,7 @@ def test_the_shipped_folder_is_small_and_carries_its_licences() -> None:
 def test_stock_diffusers_loads_the_shipped_folder() -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(BUILTIN, torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUILTIN, dtype=torch.float32)
     assert pipeline.config.force_zeros_for_empty_prompt
     assert pipeline.unet.config.addition_embed_type == "text_time"
     assert pipeline.scheduler.config.clip_sample is False

@@ -1,0 +1,91 @@
+"""The shapes of the four networks: SDXL's classes and block types, narrower and shallower.
+
+Knows configurations only. Does not know how the weights start (``linear_start``) or are learned.
+"""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+UNET_WIDTHS = (32, 64, 128)
+VAE_WIDTHS = (16, 32, 64, 64)
+TEXT_WIDTH, TEXT_2_WIDTH = 64, 96
+TIME_DIM = 32
+BOS, EOS = 49406, 49407
+VOCABULARY = 49408
+PROMPT_TOKENS = 77
+
+
+def vae() -> AutoencoderKL:
+    """8x down, 4 channels; no mid-block attention, so that 1536 px is only more of the same work."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=VAE_WIDTHS,
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        sample_size=512,
+        force_upcast=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """SDXL's block pattern, two layers a block so that its block names all exist."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=UNET_WIDTHS,
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=tuple(width // 32 for width in UNET_WIDTHS),
+        cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_DIM,
+        projection_class_embeddings_input_dim=6 * TIME_DIM + TEXT_2_WIDTH,
+    )
+
+
+def text_config(width: int, activation: str, vocabulary: int, eos: int) -> CLIPTextConfig:
+    """A three-layer CLIP text encoder; SDXL reads its last but one layer."""
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=width // 32,
+        max_position_embeddings=PROMPT_TOKENS,
+        hidden_act=activation,
+        bos_token_id=0 if vocabulary < VOCABULARY else BOS,
+        eos_token_id=eos,
+        pad_token_id=1,
+    )
+
+
+def text_encoders(vocabulary: int, eos: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Both text encoders, for a vocabulary of the given size."""
+    first = CLIPTextModel(text_config(TEXT_WIDTH, "quick_gelu", vocabulary, eos))
+    second = CLIPTextModelWithProjection(text_config(TEXT_2_WIDTH, "gelu", vocabulary, eos))
+    return first, second
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    """SDXL's noise schedule, written out in full."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        interpolation_type="linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+        use_karras_sigmas=False,
+    )
