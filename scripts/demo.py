@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPASTO = str(Path(sys.executable).with_name("impasto"))
 MODEL = "wavespeed-ai/sdxl-lora"
 REQUEST: dict[str, Any] = {
-    "prompt": "a red fox on a blue background",
+    "prompt": "a red apple on a blue background",
     "image": "",
     "strength": 0.8,
     "loras": [],

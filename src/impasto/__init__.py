@@ -5,9 +5,9 @@ As a library::
     import impasto
 
     engine = impasto.Engine.load("builtin")
-    for event in engine.generate(impasto.GenerationRequest(prompt="a red fox on a blue background", seed=7)):
+    for event in engine.generate(impasto.GenerationRequest(prompt="a red apple on a blue background", seed=7)):
         if isinstance(event, impasto.ImageReady):
-            event.image.save("fox.png")
+            event.image.save("apple.png")
 
 Knows the public names alone. Importing this package loads no torch: ``Engine`` is looked up when first used.
 """

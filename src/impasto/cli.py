@@ -25,7 +25,7 @@ AnySettings = TypeVar("AnySettings", Settings, GenerateSettings)
 
 app = typer.Typer(
     name="impasto",
-    help="SDXL with LoRAs, served fast. Start with: impasto generate 'a red fox on a blue background' -o fox.png",
+    help="SDXL with LoRAs, served fast. Start with: impasto generate 'a red apple on a blue background' -o apple.png",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,7 +78,7 @@ def serve(
     The first start prints an API key. Then, from another terminal:
 
         curl -X POST http://127.0.0.1:8000/api/v3/wavespeed-ai/sdxl-lora -H "Authorization: Bearer KEY"
-        -H "Content-Type: application/json" -d '{"prompt": "a red fox on a blue background", "size": "512*512"}'
+        -H "Content-Type: application/json" -d '{"prompt": "a red apple on a blue background", "size": "512*512"}'
     """
     from impasto.serving import serve as run_service
 
@@ -127,7 +127,7 @@ def generate(
 
     Examples:
 
-        impasto generate "a red fox on a blue background" -o fox.png --size 512*512 --steps 20 --seed 7
+        impasto generate "a red apple on a blue background" -o apple.png --size 512*512 --steps 20 --seed 7
 
         impasto generate "a fox, pixel art" -o fox.png --lora pixel-art.safetensors:0.8 --count 4
     """

@@ -86,4 +86,4 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     [code] = [block for block in blocks("python") if "Engine.load" in block]
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("seed=7", "seed=7, num_inference_steps=2"), "README.md", "exec"), {})
-    assert (tmp_path / "fox.png").stat().st_size > 10_000
+    assert (tmp_path / "apple.png").stat().st_size > 10_000
