@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,13 @@ from training import batches, captions, export, pools, reading, unet, words
 from training.places import BUILTIN
 from training.subjects import BACKGROUNDS, CAST, CAST_STYLE, STYLES, SUBJECTS
 from training.team import alone
+
+
+@pytest.fixture(autouse=True)
+def ordinary_arithmetic() -> Iterator[None]:
+    """Training flushes denormal numbers for speed; the tests after these need them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
