@@ -51,19 +51,12 @@ def square(side: int, often: float = 1.0) -> Frame:
     return Frame(side, side, 8 * side, often)
 
 
-MIXED = (
-    square(64, 3),
-    square(96, 1),
-    square(128, 1.5),
-    Frame(64, 96, 512, 0.7),
-    Frame(96, 64, 512, 0.7),
-)
 CURRICULUM = (
     Stage("16", (square(16),), 900, 32, (1.5e-3, 8e-4), tokens=32, noisy=0.3, short=False, emphasis=2.0),
     Stage("32", (square(32),), 350, 16, (8e-4, 6e-4), tokens=32, noisy=0.2, emphasis=1.5),
     Stage("64", (square(64),), 500, 8, (8e-4, 1e-5), tokens=32, noisy=0.6, emphasis=1.8, coarse=0.6),
 )
-GROUNDS = {128: 10, 256: 10, 512: 8, 768: 2, 1024: 2}
+GROUNDS = {128: 10, 256: 10, 512: 8}
 
 
 class Painter(nn.Module):
@@ -186,7 +179,7 @@ def gather(pools: dict[int, Pool], stage: Stage, team: Team) -> None:
     for side in sorted({frame.pool for frame in stage.frames} - pools.keys()):
         if team.rank:
             team.wait()
-        pools[side] = pool(trained, side, GROUNDS[side]).only(cast, list(STYLES).index(CAST_STYLE))
+        pools[side] = pool(trained, side, GROUNDS[side]).only(cast, STYLES.index(CAST_STYLE))
         if team.rank == 0:
             team.wait()
 
