@@ -39,6 +39,12 @@ SCHEDULER_ALIASES: Final = {  # spellings of other services and tools, compared 
 }  # fmt: skip
 
 
+Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+REFINE_MODES: Final[tuple[Refine, ...]] = ("no_refiner", "expert_ensemble_refiner", "base_image_refiner")
+PromptSyntax = Literal["plain", "weighted"]
+PROMPT_SYNTAXES: Final[tuple[PromptSyntax, ...]] = ("plain", "weighted")
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """An inclusive range with the default used when a field is absent."""
@@ -66,6 +72,13 @@ class Limits:
     seed: Bounds = Bounds(-1, 9_999_999_999, -1)  # -1 draws one
     guidance_rescale: Bounds = Bounds(0, 1, 0)
     strength: Bounds = Bounds(0.01, 1, 0.8)
+    high_noise_frac: Bounds = Bounds(0, 1, 0.8)
+    aesthetic_score: Bounds = Bounds(0, 10, 6)
+    negative_aesthetic_score: Bounds = Bounds(0, 10, 2.5)
+    guidance_start: Bounds = Bounds(0, 1, 0)
+    guidance_end: Bounds = Bounds(0, 1, 1)
+    reuse_features: Bounds = Bounds(1, 10, 1)
+    max_embeddings: int = 20
     lora_scale: Bounds = Bounds(0, 4, 1)
     max_loras: int = 5
     max_prompt_chars: int = 20_000
@@ -87,11 +100,39 @@ class LoraRef:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingRef:
+    """A textual-inversion embedding: the word that stands for it in prompts, and its file as the user named it."""
+
+    token: str
+    path: str
+
+    def __post_init__(self) -> None:
+        if not self.token.strip() or any(c.isspace() for c in self.token) or len(self.token) > 100:
+            raise InvalidInput("embeddings", f"have the token {self.token[:40]!r}; give one word without spaces")
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request for one or more pictures; the values are checked on construction.
 
-    ``negative_prompt=None`` is not the same as ``""``: absent means zeros where the model says so (SDXL does).
-    Image ``i`` uses ``seed_of_image(seed, i)``, so each picture can be made again on its own.
+    The mode is in the data: with ``image`` it is image-to-image, with ``mask_image`` besides it is inpainting, and
+    ``refine`` adds the refiner. ``negative_prompt=None`` is not the same as ``""``: absent means zeros where the
+    model says so (SDXL does). Image ``i`` uses ``seed_of_image(seed, i)``, so each picture can be made again on its
+    own.
+
+    Attributes:
+        image: Start picture; scaled and cropped to ``width`` x ``height``. Transparent parts without a mask are
+            painted.
+        mask_image: White is painted, black is kept bit for bit, grey is between; needs ``image``.
+        strength: How far from the start picture; at least one step always runs.
+        refine: Whether the refiner takes the steps below ``high_noise_frac`` (ensemble of experts), or goes once
+            more over the finished latents, or nothing.
+        high_noise_frac: Share of the noise schedule that is the base model's in an ensemble of experts.
+        refine_steps: Steps of the second pass's schedule; ``None``: as many as the base's.
+        guidance_start: Share of the steps before guidance sets in; guidance ends after the share ``guidance_end``.
+        prompt_syntax: ``weighted`` reads ``(word:1.2)`` and ``BREAK``; ``plain`` takes them for text.
+        embeddings: Textual-inversion files whose words the prompts may use.
+        reuse_features: Steps that share the UNet's deep features; 1 is exact, more is faster and approximate.
 
     Raises:
         InvalidInput: A value is out of range; ``field`` says which.
@@ -108,6 +149,19 @@ class GenerationRequest:
     loras: tuple[LoraRef, ...] = ()
     scheduler: str = SCHEDULERS[0]
     guidance_rescale: float = LIMITS.guidance_rescale.default
+    image: Image | None = field(default=None, repr=False)
+    mask_image: Image | None = field(default=None, repr=False)
+    strength: float = LIMITS.strength.default
+    refine: Refine = REFINE_MODES[0]
+    high_noise_frac: float = LIMITS.high_noise_frac.default
+    refine_steps: int | None = None
+    aesthetic_score: float = LIMITS.aesthetic_score.default
+    negative_aesthetic_score: float = LIMITS.negative_aesthetic_score.default
+    guidance_start: float = LIMITS.guidance_start.default
+    guidance_end: float = LIMITS.guidance_end.default
+    prompt_syntax: PromptSyntax = PROMPT_SYNTAXES[0]
+    embeddings: tuple[EmbeddingRef, ...] = ()
+    reuse_features: int = int(LIMITS.reuse_features.default)
 
     def __post_init__(self) -> None:
         check_prompt("prompt", self.prompt)
@@ -117,24 +171,40 @@ class GenerationRequest:
             check_prompt("negative_prompt", self.negative_prompt)
         for side, value in (("width", self.width), ("height", self.height)):
             check_side(side, value)
-        for name in ("num_inference_steps", "guidance_scale", "num_images", "seed", "guidance_rescale"):
+        for name in _BOUNDED:
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
-        if self.scheduler not in SCHEDULERS:
-            raise InvalidInput("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
-        if len(self.loras) > LIMITS.max_loras:
-            raise InvalidInput("loras", f"takes at most {LIMITS.max_loras} items, got {len(self.loras)}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidInput(name, f"must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.refine_steps is not None:
+            LIMITS.num_inference_steps.check("refine_steps", self.refine_steps)
+        if self.mask_image is not None and self.image is None:
+            raise InvalidInput("mask_image", "needs an image to paint into; give image as well")
+        for name, most in (("loras", LIMITS.max_loras), ("embeddings", LIMITS.max_embeddings)):
+            if len(getattr(self, name)) > most:
+                raise InvalidInput(name, f"takes at most {most} items, got {len(getattr(self, name))}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; ``from_json`` is the inverse."""
-        return asdict(self)
+        """Return plain JSON values, without the pictures, which travel as files; ``from_json`` is the inverse."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PICTURES}
+        return values | {name: [asdict(item) for item in values[name]] for name in ("loras", "embeddings")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerationRequest:
         """Rebuild a request from ``to_json``'s form; unknown keys are ignored."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         known["loras"] = tuple(LoraRef(**lora) for lora in data.get("loras", ()))
+        known["embeddings"] = tuple(EmbeddingRef(**embedding) for embedding in data.get("embeddings", ()))
         return cls(**known)
+
+
+_PICTURES: Final = ("image", "mask_image")
+_CHOICES: Final = {"scheduler": SCHEDULERS, "refine": REFINE_MODES, "prompt_syntax": PROMPT_SYNTAXES}
+_BOUNDED: Final = (
+    "num_inference_steps", "guidance_scale", "num_images", "seed", "guidance_rescale", "strength", "high_noise_frac",
+    "aesthetic_score", "negative_aesthetic_score", "guidance_start", "guidance_end", "reuse_features",
+)  # fmt: skip
 
 
 def scheduler_name(text: str, field_path: str = "scheduler") -> str:
@@ -197,6 +267,16 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """A small, rough picture of what an image is becoming."""
+
+    request_id: str
+    index: int  # position among the request's images, 0-based
+    step: int  # steps done by this image
+    image: Image = field(repr=False)  # an eighth of the final size
+
+
+@dataclass(frozen=True, slots=True)
 class ImageReady:
     """One picture of a request is finished."""
 
@@ -222,4 +302,4 @@ class Failed:
     error: Exception
 
 
-Event = Progress | ImageReady | Finished | Failed
+Event = Progress | Preview | ImageReady | Finished | Failed
