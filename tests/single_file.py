@@ -1,10 +1,11 @@
-"""Writes an SDXL model as a single file in the original key layout: the way back from diffusers' names.
+"""Writes SDXL models as single files in the original key layout: the way back from diffusers' names.
 
 Written from the layout's description, not from the loader, so that the two can disagree. Knows no loader.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -36,24 +37,54 @@ CLIP_G = {
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def save_single_file(path: Path, unet, vae, text_encoder, text_encoder_2, dtype=torch.float32) -> Path:
-    """Write the four networks' tensors under the original names."""
+def save_single_file(
+    path: Path, unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a base or inpainting model: four networks' tensors under the original names."""
+    return _save(path, base_layout(unet, vae, text_encoder, text_encoder_2), dtype)
+
+
+def save_single_refiner(
+    path: Path, unet: Any, vae: Any, text_encoder_2: Any, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a refiner: its only text encoder is the first embedder, without a ``transformer`` level."""
+    return _save(path, refiner_layout(unet, vae, text_encoder_2), dtype)
+
+
+def base_layout(unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a base model by their original names."""
+    tensors = image_layout(unet, vae)
+    for name, tensor in text_encoder.state_dict().items():
+        tensors["conditioner.embedders.0.transformer.text_model." + name.removeprefix("text_model.")] = tensor
+    return tensors | prefixed("conditioner.embedders.1.model.", clip_g_original(text_encoder_2.state_dict()))
+
+
+def refiner_layout(unet: Any, vae: Any, text_encoder_2: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a refiner by their original names."""
+    encoder = clip_g_original(text_encoder_2.state_dict())
+    return image_layout(unet, vae) | prefixed("conditioner.embedders.0.model.", encoder)
+
+
+def image_layout(unet: Any, vae: Any) -> dict[str, torch.Tensor]:
     attention_levels = {i for i, kind in enumerate(unet.config.up_block_types) if "CrossAttn" in kind}
-    tensors = {}
-    for name, tensor in unet.state_dict().items():
-        tensors["model.diffusion_model." + unet_original(name, attention_levels)] = tensor
+    tensors = {
+        "model.diffusion_model." + unet_original(name, attention_levels): tensor
+        for name, tensor in unet.state_dict().items()
+    }
     levels = len(vae.config.block_out_channels)
     for name, tensor in vae.state_dict().items():
         is_projection = ".attentions." in name and tensor.ndim == 2
         tensors["first_stage_model." + vae_original(name, levels)] = (
             tensor[:, :, None, None] if is_projection else tensor
         )
-    for name, tensor in text_encoder.state_dict().items():
-        tensors["conditioner.embedders.0.transformer.text_model." + name.removeprefix("text_model.")] = tensor
-    tensors |= {
-        "conditioner.embedders.1.model." + name: tensor
-        for name, tensor in clip_g_original(text_encoder_2.state_dict()).items()
-    }
+    return tensors
+
+
+def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
     save_file({name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}, path)
     return path
 
@@ -65,6 +96,7 @@ def unet_original(name: str, attention_levels: set[int]) -> str:
     if m := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name):
         return f"middle_block.{1 if m[1] == 'attentions' else 2 * int(m[2])}.{resnet(m[1], m[3])}"
     m = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name)
+    assert m is not None, name
     level, part, layer, rest = int(m[2]), m[3], int(m[4]), m[5]
     if part == "downsamplers":
         return f"input_blocks.{3 * (level + 1)}.0.op.{rest.removeprefix('conv.')}"
@@ -95,7 +127,7 @@ def vae_original(name: str, levels: int) -> str:
     return name.replace("conv_norm_out", "norm_out")
 
 
-def clip_g_original(state: dict) -> dict:
+def clip_g_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     out = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],

@@ -1,122 +1,106 @@
-"""Single-file checkpoints: which kind of model a file is, and its networks' tensors under diffusers' names.
+"""Single-file checkpoints: the networks' tensors of an SDXL file, under diffusers' names.
 
-Knows the safetensors format and how the field's checkpoints are laid out. Knows no classes of networks. Every key of
-a file is used, or is known to carry no weights, or loading fails and names it.
+Knows how tensors are read and translated. Knows no classes of networks. Every key of a file is used, or is known to
+carry no weights, or loading fails and names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
 from impasto.errors import ModelError
-from impasto.models import original
+from impasto.models import kinds, original
+from impasto.models.header import Header, read_header
+from impasto.models.kinds import Kind, checkpoint_kind
 from impasto.models.original import State
 
 END_TOKEN = 49407  # of CLIP's vocabulary
-CONTEXT_WIDTHS = {2048: "SDXL base", 1280: "SDXL refiner", 768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
+ALL: Final = ("unet", "vae", "text")  # parts that can be asked for
 
-# What a file is, by a part of a name that only it has; the first that fits.
-_KINDS: tuple[tuple[str, str], ...] = (
-    (".lora_down.", "a LoRA: give it with --lora, or as a request's loras"),
-    (".lora_A.", "a LoRA: give it with --lora, or as a request's loras"),
-    (".hada_w1", "a LoRA (LoHa): give it with --lora, or as a request's loras"),
-    (".lokr_w1", "a LoRA (LoKr): give it with --lora, or as a request's loras"),
-    ("double_blocks.", "a Flux model"),
-    ("joint_blocks.", "a Stable Diffusion 3 model"),
-    ("control_model.", "a ControlNet"),
-    ("input_hint_block.", "a ControlNet"),
-    ("controlnet_cond_embedding.", "a ControlNet"),
-    ("cond_stage_model.transformer.", "a Stable Diffusion 1 checkpoint"),
-    ("cond_stage_model.model.", "a Stable Diffusion 2 checkpoint"),
-    ("patch_embedding.", "a Wan video model"),
-    ("emb_params", "a textual-inversion embedding"),
-    ("string_to_param", "a textual-inversion embedding"),
-    ("clip_g", "a textual-inversion embedding"),
-)
+_BASE = {"unet": kinds.UNET, "vae": kinds.VAE, "text_encoder": kinds.CLIP_L, "text_encoder_2": kinds.CLIP_G}
+_REFINER = {"unet": kinds.UNET, "vae": kinds.VAE, "text_encoder_2": kinds.CLIP_G_ALONE}
+_CONVERT: dict[str, Callable[[State], State]] = {
+    "unet": original.convert_unet,
+    "vae": original.convert_vae,
+    "text_encoder": dict,  # the one network with transformers' own names
+    "text_encoder_2": original.convert_clip_g,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """An SDXL base checkpoint taken apart: configuration and tensors of each network."""
+    """An SDXL checkpoint taken apart.
+
+    Attributes:
+        networks: Tensors of each asked network: ``unet``, ``vae``, ``text_encoder`` (not of a refiner),
+            ``text_encoder_2``.
+        pooled: Width of the pooled text embedding.
+    """
 
     name: str
-    unet: State
-    vae: State
-    text_encoder: State
-    text_encoder_2: State
+    kind: Kind
+    networks: dict[str, State]
+    pooled: int
     scheduler_config: dict[str, Any]
 
 
-def read_checkpoint(path: Path, name: str) -> Checkpoint:
-    """Read an SDXL base checkpoint in the original layout (``.safetensors``).
+def read_checkpoint(path: Path, name: str, parts: Collection[str] = ALL) -> Checkpoint:
+    """Read an SDXL checkpoint in the original layout (``.safetensors``); of its networks, those of ``parts`` alone.
 
     Raises:
         ModelError: The file is broken, not safetensors, or another kind of model; the message says which.
     """
-    tensors = _tensors(path, name)
-    _refuse_other_kinds(tensors, name)
-    parts = {
-        prefix: _part(tensors, prefix) for prefix in (original.UNET, original.VAE, original.CLIP_L, original.CLIP_G)
+    header = read_header(path, name)
+    kind = checkpoint_kind(header, name)
+    prefixes = _REFINER if kind == "refiner" else _BASE
+    _refuse_strangers(header, prefixes, name)
+    wanted = {
+        part: prefix for part, prefix in prefixes.items() if part in parts or ("text" in part and "text" in parts)
     }
-    left = [key for key in tensors if not key.startswith(tuple(parts)) and not original.NOT_WEIGHTS.match(key)]
+    tensors = _tensors(path, name, tuple(wanted.values()))
+    networks = {part: _converted(part, _part(tensors, prefix), name) for part, prefix in wanted.items()}
+    return Checkpoint(name, kind, networks, _pooled(header, prefixes["text_encoder_2"]), _scheduler_config(header))
+
+
+def _refuse_strangers(header: Header, prefixes: dict[str, str], name: str) -> None:
+    """Insist on every network, and on nothing else."""
+    known = tuple(prefixes.values())
+    left = [key for key in header if not key.startswith(known) and not original.NOT_WEIGHTS.match(key)]
     if left:
-        raise ModelError(f"model {name!r}: {len(left)} tensors are not SDXL's, first {min(left)!r}")
-    return Checkpoint(
-        name,
-        unet=_converted(original.convert_unet, parts[original.UNET], name),
-        vae=_converted(original.convert_vae, parts[original.VAE], name),
-        text_encoder=parts[original.CLIP_L],
-        text_encoder_2=_converted(original.convert_clip_g, parts[original.CLIP_G], name),
-        scheduler_config={
-            # Trainers mark these two kinds by an empty tensor; nothing else in the file tells them.
-            "prediction_type": "v_prediction" if "v_pred" in tensors else "epsilon",
-            "rescale_betas_zero_snr": "ztsnr" in tensors,
-            "timestep_spacing": "trailing" if "ztsnr" in tensors else "leading",
-            "steps_offset": 1,
-            "set_alpha_to_one": False,
-        },
-    )
+        raise ModelError(f"model {name!r}: {len(left)} tensors are not SDXL's, first {min(left)[:100]!r}")
+    for part, prefix in prefixes.items():
+        if not any(key.startswith(prefix) for key in header):
+            raise ModelError(f"model {name!r} has no {part}; give a checkpoint with UNet, VAE and text encoders")
 
 
-def _tensors(path: Path, name: str) -> State:
-    if path.suffix not in (".safetensors", ".sft"):
-        raise ModelError(f"model {name!r}: only .safetensors checkpoints are loaded; a pickle could run anything")
+def _pooled(header: Header, prefix: str) -> int:
+    projection = header.get(prefix + "text_projection")
+    return projection.shape[-1] if projection is not None and projection.shape else 0
+
+
+def _scheduler_config(header: Header) -> dict[str, Any]:
+    return {
+        # Trainers mark these two kinds by an empty tensor; nothing else in the file tells them.
+        "prediction_type": "v_prediction" if "v_pred" in header else "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in header,
+        "timestep_spacing": "trailing" if "ztsnr" in header else "leading",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }
+
+
+def _tensors(path: Path, name: str, prefixes: tuple[str, ...]) -> State:
+    """Map the tensors into memory; the system reads each when it is used."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"model {name!r} is not a whole safetensors file ({error}); fetch it again") from None
-
-
-def _refuse_other_kinds(tensors: State, name: str) -> None:
-    """Name a file for what it is, unless it is an SDXL base checkpoint."""
-    if any(key.startswith(original.CLIP_G) for key in tensors) and any(
-        key.startswith(original.UNET) for key in tensors
-    ):
-        return
-    if any(key.startswith(original.CLIP_G_ALONE) for key in tensors):
-        raise ModelError(f"model {name!r} is an SDXL refiner: it continues a base model's pictures and starts none")
-    for part, kind in _KINDS:
-        if any(part in key for key in tensors):
-            raise ModelError(f"model {name!r} is {kind}, not an SDXL base checkpoint")
-    if any(key.startswith("down_blocks.") for key in tensors):
-        raise ModelError(f"model {name!r} is a UNet alone in diffusers' layout; give the whole folder")
-    if any(key.startswith(original.UNET) for key in tensors):
-        raise ModelError(f"model {name!r} is a {_by_context(tensors)} UNet without its text encoders")
-    raise ModelError(
-        f"model {name!r} is no checkpoint we know: first of {len(tensors)} tensors is {min(tensors, default='-')!r}"
-    )
-
-
-def _by_context(tensors: State) -> str:
-    """Tell the family by the width its cross-attention reads."""
-    widths = (tensor.shape[-1] for key, tensor in tensors.items() if key.endswith("attn2.to_k.weight"))
-    return CONTEXT_WIDTHS.get(next(widths, 0), "unknown")
 
 
 def _part(tensors: State, prefix: str) -> State:
@@ -127,10 +111,10 @@ def _part(tensors: State, prefix: str) -> State:
     }
 
 
-def _converted(convert: Callable[[State], State], part: State, name: str) -> State:
-    if not part:
-        raise ModelError(f"model {name!r}: a network is missing; SDXL needs UNet, VAE and both text encoders")
+def _converted(part: str, state: State, name: str) -> State:
     try:
-        return convert(part)
+        return _CONVERT[part](state)
     except KeyError as error:
-        raise ModelError(f"model {name!r}: tensor {error.args[0]!r} is not SDXL's") from None
+        raise ModelError(f"model {name!r}: {part}: tensor {error.args[0][:100]!r} is not SDXL's") from None
+    except (ValueError, RuntimeError) as error:  # no levels at all, or shapes that cannot be taken apart
+        raise ModelError(f"model {name!r}: {part}: tensors are missing or not shaped as SDXL's ({error})") from None

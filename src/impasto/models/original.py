@@ -1,6 +1,7 @@
 """The original SDXL checkpoint layout: names of its tensors, translated to diffusers' and transformers' names.
 
-Knows the two naming schemes and the shapes that tell sizes. Knows no files and no classes of networks.
+Knows the two naming schemes and the shapes that tell sizes. Knows no files, no classes of networks, and not which
+kind of model a file is: that is ``kinds``'s.
 """
 
 from __future__ import annotations
@@ -13,15 +14,11 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-CLIP_L = "conditioner.embedders.0.transformer."
-CLIP_G = "conditioner.embedders.1.model."
-CLIP_G_ALONE = "conditioner.embedders.0.model."  # the refiner's only encoder
-
-# Buffers of the training code that carry no weights of the networks.
+# Buffers of the training code that carry no weights of the networks; and the first encoder's projection, which some
+# tools save and SDXL never uses.
 NOT_WEIGHTS = re.compile(
     r"denoiser\.|model_ema\.|alphas|betas|sqrt_|log_|posterior_|logvar|lvlb|v_pred$|ztsnr$|.*position_ids$|.*logit_scale$"
+    r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$"
 )
 
 _PER_LEVEL = 3  # two layers and one resampler
@@ -132,7 +129,7 @@ def convert_clip_g(state: Mapping[str, Tensor]) -> State:
             translated = _clip_g_name(name)
             if translated is None:
                 raise KeyError(name)
-            converted[translated] = tensor.T.contiguous() if name == "text_projection" else tensor
+            converted[translated] = tensor.t().contiguous() if name == "text_projection" else tensor
     return converted
 
 
@@ -160,25 +157,34 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -
         yield translated, tensor
 
 
-def unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the UNet's configuration off the shapes of its (translated) tensors; SDXL has 64 channels a head."""
+def unet_config(state: Mapping[str, Tensor], *, pooled: int, size_ids: int) -> dict[str, Any]:
+    """Read the UNet's configuration off the shapes of its (translated) tensors; SDXL has 64 channels a head.
+
+    Args:
+        state: Tensors by diffusers' names.
+        pooled: Width of the pooled text embedding.
+        size_ids: How many numbers of size, crop and score join it: six for the base, five for the refiner.
+    """
     levels = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("down_blocks."))
     channels = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
     depths = [_depth(state, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels)]
     context = next(t for name, t in state.items() if name.endswith("attn2.to_k.weight"))
+    embedded = state["add_embedding.linear_1.weight"].shape[1]
+    # diffusers gives the middle the last level's depth, also where that level itself has no attention.
+    last = depths[-1] or _depth(state, "mid_block.attentions.0.transformer_blocks.")
     return {
         "in_channels": state["conv_in.weight"].shape[1],
         "block_out_channels": channels,
         "layers_per_block": 2,
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
+        "transformer_layers_per_block": [max(depth, 1) for depth in [*depths[:-1], last]],
         "attention_head_dim": [max(width // 64, 1) for width in channels],
         "cross_attention_dim": context.shape[1],
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": state["add_embedding.linear_1.weight"].shape[1],
+        "addition_time_embed_dim": (embedded - pooled) // size_ids,
+        "projection_class_embeddings_input_dim": embedded,
         "sample_size": 128,
     }
 
