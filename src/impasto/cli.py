@@ -16,9 +16,20 @@ import typer
 
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError, ImpastoError, InvalidInput
-from impasto.types import GenerationRequest, ImageReady, LoraRef, Progress, parse_size, scheduler_name
+from impasto.types import (
+    REFINE_MODES,
+    EmbeddingRef,
+    GenerationRequest,
+    ImageReady,
+    LoraRef,
+    Progress,
+    parse_size,
+    scheduler_name,
+)
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from impasto.jobs.keys import KeyStore
 
 AnySettings = TypeVar("AnySettings", Settings, GenerateSettings)
@@ -39,7 +50,7 @@ app.add_typer(keys_app, name="keys")
 def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) -> Any:
     """Make the option of a setting: its flag, and help with where else it can be set and its default."""
     field = kind.model_fields[name]
-    default = "" if field.default in (None, []) else f" Default: {field.default}."
+    default = "" if field.default in (None, [], "", False) else f" Default: {field.default}."
     return typer.Option(
         *(flags or (f"--{name.replace('_', '-')}",)),
         help=f"{field.description}{default} (IMPASTO_{name.upper()})",
@@ -58,6 +69,8 @@ DataDir = Annotated[Path | None, _setting(Settings, "data_dir")]
 Model = Annotated[str | None, _setting(Settings, "model")]
 Device = Annotated[str | None, _setting(Settings, "device")]
 Dtype = Annotated[str | None, _setting(Settings, "dtype")]
+Refiner = Annotated[str | None, _setting(Settings, "refiner")]
+Acceleration = Annotated[str | None, _setting(Settings, "accel")]
 
 
 @app.command()
@@ -69,6 +82,8 @@ def serve(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    refiner: Refiner = None,
+    accel: Acceleration = None,
     public_url: Annotated[str | None, _setting(Settings, "public_url")] = None,
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
     config: Config = None,
@@ -92,6 +107,8 @@ def worker(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    refiner: Refiner = None,
+    accel: Acceleration = None,
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
     config: Config = None,
 ) -> None:
@@ -118,9 +135,19 @@ def generate(
     seed: Annotated[int | None, _setting(GenerateSettings, "seed")] = None,
     count: Annotated[int | None, _setting(GenerateSettings, "count")] = None,
     lora: Annotated[list[str] | None, _setting(GenerateSettings, "lora")] = None,
+    image: Annotated[Path | None, _setting(GenerateSettings, "image")] = None,
+    mask: Annotated[Path | None, _setting(GenerateSettings, "mask")] = None,
+    strength: Annotated[float | None, _setting(GenerateSettings, "strength")] = None,
+    refine: Annotated[str | None, _setting(GenerateSettings, "refine")] = None,
+    high_noise_frac: Annotated[float | None, _setting(GenerateSettings, "high_noise_frac")] = None,
+    refine_steps: Annotated[int | None, _setting(GenerateSettings, "refine_steps")] = None,
+    weighted: Annotated[bool | None, _setting(GenerateSettings, "weighted", "--weighted/--plain")] = None,
+    embedding: Annotated[list[str] | None, _setting(GenerateSettings, "embedding")] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    refiner: Refiner = None,
+    accel: Acceleration = None,
     config: Config = None,
 ) -> None:
     """Make pictures in this process, without a server, and save them.
@@ -130,12 +157,30 @@ def generate(
         impasto generate "a red apple on a blue background" -o apple.png --size 512*512 --steps 20 --seed 7
 
         impasto generate "a fox, pixel art" -o fox.png --lora pixel-art.safetensors:0.8 --count 4
+
+    From a picture; with a mask, only its white parts are painted and the rest is kept as it is:
+
+        impasto generate "a fox in the snow" -o snow.png --image fox.png --strength 0.6
+
+        impasto generate "a red hat" -o hat.png --image fox.png --mask head.png
+
+    With a refiner for the last steps:
+
+        impasto generate "a fox" --model sdxl-base --refiner sdxl-refiner --refine expert_ensemble_refiner
     """
     settings = _load(GenerateSettings, ctx)
-    from impasto.models.catalog import find_model
+    _draw(_request(prompt, settings), settings)
 
-    width, height = parse_size(settings.size) if settings.size else (find_model(settings.model).native_side,) * 2
-    request = GenerationRequest(
+
+def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
+    """Turn the options of ``generate`` into a request, reading the files they name."""
+    if settings.mask and not settings.image:
+        raise InvalidInput("--mask", "needs a picture to paint into; give --image as well")
+    if settings.refine != REFINE_MODES[0] and settings.refine in REFINE_MODES and not settings.refiner:
+        raise InvalidInput("--refine", f"{settings.refine} needs a refiner; give --refiner MODEL as well")
+    image = _picture("--image", settings.image)
+    width, height = _size(settings, image)
+    return GenerationRequest(
         prompt=prompt,
         negative_prompt=settings.negative,
         width=width,
@@ -146,8 +191,15 @@ def generate(
         seed=settings.seed,
         scheduler=scheduler_name(settings.scheduler),
         loras=tuple(_lora(text, i) for i, text in enumerate(settings.lora)),
+        image=image,
+        mask_image=_mask(settings.mask),
+        strength=settings.strength,
+        refine=settings.refine,  # type: ignore[arg-type]  # the request checks it, in words that name it
+        high_noise_frac=settings.high_noise_frac,
+        refine_steps=settings.refine_steps,
+        prompt_syntax="weighted" if settings.weighted else "plain",
+        embeddings=tuple(_embedding(text) for text in settings.embedding),
     )
-    _draw(request, settings)
 
 
 @keys_app.command("create")
@@ -219,6 +271,46 @@ def _lora(text: str, position: int) -> LoraRef:
         raise InvalidInput(f"lora.{position}", f"must be PATH or PATH:SCALE with a number, got {text!r}") from None
 
 
+def _embedding(text: str) -> EmbeddingRef:
+    """Read ``TOKEN=PATH``."""
+    token, equals, path = text.partition("=")
+    if not equals or not token or not path:
+        raise InvalidInput("--embedding", f"must be TOKEN=PATH, such as sketch=sketch.safetensors; got {text!r}")
+    return EmbeddingRef(token, path)
+
+
+def _size(settings: GenerateSettings, image: Image | None) -> tuple[int, int]:
+    """The size that was asked for, or the start picture's, or what the model draws best."""
+    if settings.size:
+        return parse_size(settings.size)
+    if image is not None:
+        from impasto.images import natural_size
+
+        return natural_size(image)
+    from impasto.models.catalog import find_model
+
+    return (find_model(settings.model).native_side,) * 2
+
+
+def _picture(option: str, path: Path | None) -> Image | None:
+    """Read the picture that an option names."""
+    if path is None:
+        return None
+    from impasto.images import read_picture
+
+    try:
+        return read_picture(path.read_bytes(), option)
+    except OSError as error:
+        raise InvalidInput(option, f"{path} cannot be read ({error.strerror}); give a picture file") from None
+
+
+def _mask(path: Path | None) -> Image | None:
+    from impasto.images import mask_of
+
+    mask = _picture("--mask", path)
+    return None if mask is None else mask_of(mask)
+
+
 def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
     """Run the engine with a progress bar and save each picture as it is done."""
     from rich.console import Console
@@ -231,9 +323,17 @@ def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):
+        from impasto.engine.accel import Accel
         from impasto.engine.engine import Engine
 
-        engine = Engine.load(settings.model, device=settings.device, dtype=settings.dtype, max_batch=settings.max_batch)
+        engine = Engine.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_batch=settings.max_batch,
+            refiner=settings.refiner,
+            accel=Accel.parse(settings.accel),
+        )
     columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Bar(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("denoising", total=request.num_inference_steps, pace="")

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
-from impasto.types import LIMITS, SCHEDULERS
+from impasto.types import LIMITS, REFINE_MODES, SCHEDULERS
 
 PREFIX = "IMPASTO_"
 CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
@@ -34,10 +34,15 @@ class _Layered(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
     toml: ClassVar[Mapping[str, Any]] = {}
 
-    model: str = Field("builtin", description="'builtin', a diffusers folder, or 'fake' (test pattern, no torch).")
+    model: str = Field(
+        "builtin",
+        description="'builtin', a diffusers folder, a .safetensors checkpoint, a hub id, or 'fake' (test pattern).",
+    )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     dtype: Dtype = Field("auto", description="Number format; auto is float32 on a CPU and float16 on a GPU.")
     max_batch: int = Field(4, ge=1, le=64, description="Images that share one network call.")
+    refiner: str | None = Field(None, description="A refiner model, named like 'model'. Unset: requests cannot refine.")
+    accel: str = Field("", description="Faster ways to run, such as compile,channels_last,offload=encoders.")
 
     @classmethod
     def settings_customise_sources(
@@ -125,7 +130,9 @@ class GenerateSettings(_Layered):
 
     output: Path = Field(Path("out.png"), description="Picture file: .png, .jpg or .webp.")
     negative: str | None = Field(None, description="What to keep out of the picture.")
-    size: str | None = Field(None, description="W*H in pixels. Unset: what the model draws best.")
+    size: str | None = Field(
+        None, description="W*H in pixels. Unset: the start picture's, or what the model draws best."
+    )
     steps: int = Field(int(LIMITS.num_inference_steps.default), description="Denoising steps.")
     guidance: float = Field(LIMITS.guidance_scale.default, description="Pull of the prompt; 0 and 1: off.")
     scheduler: str = Field(SCHEDULERS[0], description=f"Sampler: {', '.join(SCHEDULERS)}.")
@@ -134,8 +141,20 @@ class GenerateSettings(_Layered):
     lora: Annotated[list[str], NoDecode] = Field(
         [], description="PATH or PATH:SCALE, up to five times; in the environment with commas between."
     )
+    image: Path | None = Field(None, description="Start picture: PNG, JPEG or WebP.")
+    mask: Path | None = Field(None, description="Where to paint in the start picture: white is painted, black kept.")
+    strength: float = Field(LIMITS.strength.default, description="How far from the start picture, up to 1.")
+    refine: str = Field(REFINE_MODES[0], description=f"Use of the refiner: {', '.join(REFINE_MODES)}.")
+    high_noise_frac: float = Field(
+        LIMITS.high_noise_frac.default, description="Share of the noise schedule before the refiner takes over."
+    )
+    refine_steps: int | None = Field(None, description="Steps of the second pass's schedule. Unset: as the base's.")
+    weighted: bool = Field(False, description="Read (word:1.2) and BREAK in prompts as weights and a new window.")
+    embedding: Annotated[list[str], NoDecode] = Field(
+        [], description="TOKEN=PATH of a textual inversion, repeatable; in the environment with commas between."
+    )
 
-    @field_validator("lora", mode="before")
+    @field_validator("lora", "embedding", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Read ``a.safetensors:0.5,b.safetensors`` from the environment."""

@@ -19,7 +19,7 @@ from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 from impasto.logs import set_up_logging
-from impasto.models.catalog import find_model
+from impasto.models.catalog import check_roles, find_model
 from impasto.worker.naming import FAKE_MODEL
 from impasto.worker.supervisor import Supervisor
 
@@ -36,7 +36,7 @@ def serve(settings: Settings) -> None:
     """
     set_up_logging(settings.log_level)
     if settings.model != FAKE_MODEL:
-        find_model(settings.model)
+        check_roles(find_model(settings.model), None if settings.refiner is None else find_model(settings.refiner))
     settings.lora_dir.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
     upgrade(database)

@@ -64,7 +64,8 @@ class Bounds:
 class Limits:
     """Ranges of a generation request; validation, OpenAPI, the CLI and the docs are all made from these."""
 
-    side: Bounds = Bounds(512, 1536, 1024)  # pixels
+    side: Bounds = Bounds(512, 1536, 1024)  # pixels, as the compatible routes take it
+    engine_side: Bounds = Bounds(64, 4096, 1024)  # pixels, as the engine takes it
     side_multiple: int = 8  # pixels per latent cell
     num_inference_steps: Bounds = Bounds(1, 50, 30)
     guidance_scale: Bounds = Bounds(0, 10, 5)
@@ -170,7 +171,7 @@ class GenerationRequest:
         if self.negative_prompt is not None:
             check_prompt("negative_prompt", self.negative_prompt)
         for side, value in (("width", self.width), ("height", self.height)):
-            check_side(side, value)
+            check_side(side, value, LIMITS.engine_side)
         for name in _BOUNDED:
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
@@ -231,9 +232,9 @@ def check_prompt(field_path: str, text: str) -> None:
         raise InvalidInput(field_path, f"has {len(text)} characters; at most {LIMITS.max_prompt_chars} are taken")
 
 
-def check_side(field_path: str, pixels: int) -> None:
-    """Refuse a side outside the limits or not on the latent grid."""
-    LIMITS.side.check(field_path, pixels)
+def check_side(field_path: str, pixels: int, bounds: Bounds = LIMITS.side) -> None:
+    """Refuse a side outside the bounds or not on the latent grid."""
+    bounds.check(field_path, pixels)
     if pixels % LIMITS.side_multiple:
         raise InvalidInput(field_path, f"must be a multiple of {LIMITS.side_multiple}, got {pixels}")
 
@@ -262,7 +263,7 @@ class Progress:
 
     request_id: str
     step: int  # steps done, averaged over the images of the request and rounded down
-    total: int
+    total: int  # steps that run: fewer than asked for with a start picture, more with a second pass
     seconds: float  # wall time of this step's network call
 
 

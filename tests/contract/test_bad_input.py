@@ -102,11 +102,16 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"output_format": "gif"}, "/output_format", 'must be one of png, jpeg, webp, got "gif"'),
     ({"scheduler": "magic"}, "/scheduler", "must be one of euler, "),
     ({"refine": 1}, "/refine", "must be a string, got 1"),
-    # parts of the form that later versions serve
-    ({"image": "https://example.com/a.png"}, "/image", "this version makes pictures from text only"),
-    ({"mask_image": "data:image/png;base64,AA=="}, "/mask_image", "this version makes pictures from text only"),
-    ({"refine": "expert_ensemble_refiner"}, "/refine", "is not available yet; this version has no_refiner"),
-    ({"refine": "base_model_refiner"}, "/refine", "is not available yet; this version has no_refiner"),
+    ({"refine": "magic"}, "/refine", "must be one of no_refiner, expert_ensemble_refiner, base_image_refiner, got"),
+    # pictures: test_pictures.py has more
+    ({"image": 5}, "/image", "must be a string, got 5"),
+    ({"image": {"url": "x"}}, "/image", "must be a string, got an object"),
+    ({"image": "https://example.com/a.png"}, "/image", "is a URL; fetching pictures from URLs comes later"),
+    ({"mask_image": "data:image/png;base64,AA=="}, "/mask_image", "send a PNG, JPEG or WebP picture"),
+    # what this server has not
+    ({"refine": "expert_ensemble_refiner"}, "/refine", "this server has no refiner: send no_refiner, or have the"),
+    ({"refine": "BASE_MODEL_REFINER"}, "/refine", "asks for expert_ensemble_refiner, and this server has no refiner"),
+    ({"refine": "base_image_refiner"}, "/refine", "this server has no refiner"),
 ]
 
 

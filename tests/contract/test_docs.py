@@ -12,8 +12,11 @@ from impasto.cli import app
 from impasto.config import GenerateSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/settings.md",
-             "docs/dependencies.md", "training/README.md", "src/impasto/models/builtin/README.md"]  # fmt: skip
+DOCUMENTS = [
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/settings.md",
+    "docs/dependencies.md", "docs/prompts.md", "docs/models.md", "docs/speed.md", "docs/parity.md",
+    "training/README.md", "src/impasto/models/builtin/README.md",
+]  # fmt: skip
 README = (ROOT / "README.md").read_text()
 
 
@@ -41,7 +44,7 @@ def test_every_setting_is_documented_with_its_default():
     """docs/settings.md has a row for each field of the settings."""
     text = (ROOT / "docs/settings.md").read_text()
     for name, field in (Settings.model_fields | GenerateSettings.model_fields).items():
-        default = "unset" if field.default is None else "none" if field.default == [] else f"`{field.default}`"
+        default = "unset" if field.default is None else "none" if field.default in ([], "") else f"`{field.default}`"
         assert f"| `{name}` | {default} | {field.description} |" in text
 
 

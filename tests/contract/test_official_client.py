@@ -58,6 +58,24 @@ def test_run_gives_base64(official: wavespeed.Client) -> None:
     assert [base64.b64decode(text, validate=True) for text in inline] == linked
 
 
+def test_run_with_a_start_picture(official: wavespeed.Client) -> None:
+    """A picture as data URI, and a mask that keeps it all but for one corner: the result is that picture."""
+    start, mask = Image.new("RGB", (512, 768), (10, 200, 30)), Image.new("L", (512, 768))
+    mask.paste(255, (0, 0, 64, 64))
+    body = {"image": uri(start), "mask_image": uri(mask), "strength": 0.9, "num_images": 1}
+    [url] = run(official, body=body)
+    drawn = Image.open(io.BytesIO(httpx.get(url, trust_env=False).content))
+    assert drawn.getpixel((32, 32)) != (10, 200, 30)
+    assert drawn.crop((64, 0, 512, 768)).getcolors() == [(448 * 768, (10, 200, 30))]
+
+
+def uri(image: Image.Image) -> str:
+    """The picture as a client sends it."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
 def test_sync_mode(official: wavespeed.Client) -> None:
     """One request, answered when done."""
     assert len(run(official, enable_sync_mode=True)) == 2

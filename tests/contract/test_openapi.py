@@ -14,7 +14,7 @@ import pytest
 
 from impasto.api.fields import SCALE
 from impasto.api.models import MODELS
-from impasto.types import LIMITS, OUTPUT_FORMATS, Bounds
+from impasto.types import LIMITS, OUTPUT_FORMATS, REFINE_MODES, Bounds
 
 from .conftest import MODEL, Stack, refusal, submit
 
@@ -48,7 +48,7 @@ def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], path: str)
     def bounds(limit: Bounds) -> tuple[float, float]:
         return limit.low, limit.high
 
-    for name in ("num_inference_steps", "guidance_scale", "num_images", "seed", "strength"):
+    for name in ("num_inference_steps", "guidance_scale", "num_images", "seed", "strength", "high_noise_frac"):
         assert ends(fields[name]) == bounds(getattr(LIMITS, name)), name
     assert ends(fields["size"]) == bounds(LIMITS.side)
     assert fields["size"]["multipleOf"] == LIMITS.side_multiple
@@ -56,6 +56,7 @@ def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], path: str)
     assert fields["loras"]["maxItems"] == (LIMITS.max_loras if path.endswith("-lora") else 0)
     assert fields["prompt"]["maxLength"] == LIMITS.max_prompt_chars
     assert fields["output_format"]["enum"] == list(OUTPUT_FORMATS)
+    assert fields["refine"]["enum"] == list(REFINE_MODES)
 
 
 def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:

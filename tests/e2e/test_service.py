@@ -72,6 +72,37 @@ def test_a_picture_from_the_shipped_model_over_http(serve):
     assert pictures[0] == pictures[1]
 
 
+def test_painting_into_a_picture_with_the_shipped_model_over_http(serve, tmp_path):
+    """Start picture and mask go over the wire, through file and row, to the model: it paints, and keeps the rest.
+
+    Kept pixels come back bit for bit; the start picture is gone from the disk when the job has ended.
+    """
+    start, mask = Image.effect_noise((512, 512), 60).convert("RGB"), Image.new("L", (512, 512))
+    mask.paste(255, (256, 0, 512, 512))
+    served = serve()
+    api = served.api(served.wait_for(KEY))
+    body = SMALL | {"image": data_uri(start), "mask_image": data_uri(mask), "strength": 0.5, "num_inference_steps": 4}
+    job = api.post(SDXL_LORA, json=body).json()["data"]
+    done = poll(api, job["id"], ended)
+    assert done["status"] == "completed", done["error"]
+
+    drawn = Image.open(io.BytesIO(httpx.get(done["outputs"][0], trust_env=False).content))
+    kept, painted = (0, 0, 256, 512), (256, 0, 512, 512)
+    assert drawn.crop(kept).tobytes() == start.crop(kept).tobytes()
+    assert drawn.crop(painted).tobytes() != start.crop(painted).tobytes()
+    deadline = time.monotonic() + 10
+    while (left := list((tmp_path / "data" / "outputs" / "inputs").glob("*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture as a client sends it."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
 @pytest.mark.parametrize("model", ["builtin", "fake"])
 def test_a_job_survives_kill_9_of_its_worker(serve, model):
     """Killed in the middle of a job, the worker is replaced and the job finished, with the same picture.

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from impasto.cli import app
 from impasto.config import GenerateSettings, Settings
+from impasto.engine.accel import Accel
+from impasto.types import EmbeddingRef, GenerationRequest, ImageReady
 from tests.random_sdxl import save_random_sdxl
 
 IMPASTO = Path(sys.executable).with_name("impasto")
+FOX = next(Path(__file__).parents[2].glob("docs/gallery/*.[pjw]*g*"))
+PYTHON_FILE = __file__
 
 
 def impasto(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
@@ -37,8 +42,13 @@ def test_every_command_has_help(command):
 @pytest.mark.parametrize(
     ("command", "kind", "names"),
     [
-        ("serve", Settings, ["host", "port", "data_dir", "model", "device", "dtype", "public_url", "log_level"]),
-        ("generate", GenerateSettings, ["size", "steps", "guidance", "seed", "count", "lora", "model", "device"]),
+        (
+            "serve",
+            Settings,
+            ["host", "port", "data_dir", "model", "device", "dtype", "refiner", "accel", "public_url", "log_level"],
+        ),
+        ("worker", Settings, ["data_dir", "model", "device", "dtype", "refiner", "accel", "log_level"]),
+        ("generate", GenerateSettings, [name for name in GenerateSettings.model_fields if name != "max_batch"]),
     ],
 )
 def test_help_names_the_variable_and_the_default_of_each_option(command, kind, names):
@@ -48,7 +58,7 @@ def test_help_names_the_variable_and_the_default_of_each_option(command, kind, n
         assert f"--{name.replace('_', '-')}" in shown
         assert f"IMPASTO_{name.upper()}" in shown
         default = kind.model_fields[name].default
-        assert default in (None, []) or f"Default: {default}" in shown
+        assert default in (None, [], "", False) or f"Default: {default}" in shown
 
 
 def test_keys_are_created_listed_and_revoked(tmp_path):
@@ -75,6 +85,19 @@ def test_keys_are_created_listed_and_revoked(tmp_path):
         (("generate", " "), 2, "prompt must not be empty"),
         (("generate", "a fox", "--model", "nowhere"), 1, "'nowhere' was not found"),
         (("generate", "a fox", "--lora", "a:b"), 2, "PATH:SCALE"),
+        (("generate", "a fox", "--image", "gone.png"), 2, "--image gone.png cannot be read (No such file"),
+        (("generate", "a fox", "--image", "."), 2, "--image . cannot be read (Is a directory)"),
+        (("generate", "a fox", "--image", PYTHON_FILE), 2, "--image is text; send a PNG, JPEG or WebP picture"),
+        (("generate", "a fox", "--mask", "gone.png"), 2, "--mask needs a picture to paint into; give --image as well"),
+        (("generate", "a fox", "--image", FOX, "--mask", "gone.png"), 2, "--mask gone.png cannot be read"),
+        (("generate", "a fox", "--image", FOX, "--strength", "0"), 2, "strength must be between 0.01 and 1"),
+        (("generate", "a fox", "--refine", "base_image_refiner"), 2, "needs a refiner; give --refiner MODEL as well"),
+        (("generate", "a fox", "--refine", "magic"), 2, "refine must be one of no_refiner, expert_ensemble_refiner"),
+        (("generate", "a fox", "--high-noise-frac", "2"), 2, "high_noise_frac must be between 0 and 1"),
+        (("generate", "a fox", "--refine-steps", "99"), 2, "refine_steps must be between 1 and 50"),
+        (("generate", "a fox", "--embedding", "sketch"), 2, "--embedding must be TOKEN=PATH"),
+        (("generate", "a fox", "--embedding", "a b=c"), 2, "give one word without spaces"),
+        (("generate", "a fox", "--accel", "magic"), 2, "accel: unknown item 'magic'"),
         (("generate", "a fox", "--lora", "gone.safetensors:0.5", "--steps", "1"), 1, "loras.0.path was not found"),
         (("serve", "--port", "99999", "--model", "fake"), 2, "port"),
         (("keys", "revoke", "nobody"), 1, "no key in use has this name"),
@@ -101,3 +124,71 @@ def test_generate_saves_numbered_pictures_of_the_asked_size(tmp_path):
         with Image.open(tmp_path / "new" / f"fox-{i}.jpg") as picture:
             assert (picture.format, picture.size) == ("JPEG", (520, 512))
         assert f"fox-{i}.jpg  seed {5 + i}" in run.stderr
+
+
+class Stub:
+    """Stands where the engine does, and remembers what it was asked for."""
+
+    loaded: dict
+    request: GenerationRequest
+
+    @classmethod
+    def load(cls, model, **options):
+        cls.loaded = {"model": model, **options}
+        return cls()
+
+    def generate(self, request):
+        type(self).request = request
+        yield ImageReady("x", 0, request.seed, Image.new("RGB", (request.width, request.height)))
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """The command line in this process, without networks."""
+    monkeypatch.setattr("impasto.engine.engine.Engine", Stub)
+    monkeypatch.chdir(tmp_path)
+    return Stub
+
+
+def run_generate(*arguments) -> None:
+    app(["generate", "a fox", *map(str, arguments)], standalone_mode=False)
+
+
+def test_every_option_of_the_modes_reaches_the_engine(stub, tmp_path):
+    """Pictures are read, the mask as grey; words and files of embeddings are told apart."""
+    Image.new("RGB", (700, 520), "green").save(tmp_path / "fox.jpg")
+    Image.new("RGBA", (700, 520), (255, 0, 0, 255)).save(tmp_path / "mask.png")
+    run_generate(
+        "--image", "fox.jpg", "--mask", "mask.png", "--strength", 0.4, "--refine", "base_image_refiner",
+        "--refiner", "some-refiner", "--high-noise-frac", 0.7, "--refine-steps", 9, "--weighted",
+        "--embedding", "sketch=a.safetensors", "--embedding", "ink=b=c.safetensors",
+        "--accel", "channels_last,offload=encoders",
+    )  # fmt: skip
+    request = stub.request
+    assert (request.image.mode, request.image.size) == ("RGB", (700, 520))
+    assert (request.mask_image.mode, request.mask_image.getpixel((9, 9))) == ("L", 76)
+    assert (request.strength, request.refine) == (0.4, "base_image_refiner")
+    assert (request.high_noise_frac, request.refine_steps) == (0.7, 9)
+    assert request.prompt_syntax == "weighted"
+    assert request.embeddings == (EmbeddingRef("sketch", "a.safetensors"), EmbeddingRef("ink", "b=c.safetensors"))
+    assert stub.loaded["refiner"] == "some-refiner"
+    assert stub.loaded["accel"] == Accel(channels_last=True, offload="encoders")
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [(("--image", "fox.png"), (696, 520)), (("--image", "fox.png", "--size", "768*512"), (768, 512))],
+)
+def test_the_size_is_the_start_picture_s_unless_it_is_given(stub, tmp_path, options, size):
+    """Rounded to the grid of 8 pixels."""
+    Image.new("RGB", (699, 522)).save(tmp_path / "fox.png")
+    run_generate(*options)
+    assert (stub.request.width, stub.request.height) == size
+
+
+def test_without_the_options_nothing_changes(stub):
+    """Text to image, plain prompts, no refiner, the plain way to run."""
+    run_generate("--size", "512*512")
+    assert stub.request == GenerationRequest("a fox", width=512, height=512)
+    assert stub.loaded["refiner"] is None
+    assert stub.loaded["accel"] == Accel()

@@ -20,6 +20,8 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "device": ("cpu", "cpu"),
     "dtype": ("bfloat16", "bfloat16"),
     "max_batch": ("2", 2),
+    "refiner": ("/models/refiner", "/models/refiner"),
+    "accel": ("compile,channels_last", "compile,channels_last"),
     "lease_seconds": ("3", 3.0),
     "max_attempts": ("1", 1),
     "fake_step_seconds": ("0.5", 0.5),
@@ -110,10 +112,12 @@ def test_generate_has_a_table_of_its_own(monkeypatch, tmp_path):
     assert Settings.load().port == 1
 
 
-def test_loras_in_the_environment_are_separated_by_commas(monkeypatch):
-    """One variable, several LoRAs."""
+def test_lists_in_the_environment_are_separated_by_commas(monkeypatch):
+    """One variable, several LoRAs or embeddings."""
     monkeypatch.setenv("IMPASTO_LORA", "a.safetensors:0.5, b.safetensors")
+    monkeypatch.setenv("IMPASTO_EMBEDDING", "x=a.safetensors,y=b.safetensors")
     assert GenerateSettings.load().lora == ["a.safetensors:0.5", "b.safetensors"]
+    assert GenerateSettings.load().embedding == ["x=a.safetensors", "y=b.safetensors"]
 
 
 GENERATE_EXAMPLES = {
@@ -126,7 +130,15 @@ GENERATE_EXAMPLES = {
     "seed": ("77", 77),
     "count": ("3", 3),
     "lora": ("a", ["a"]),
-    **{name: EXAMPLES[name] for name in ("model", "device", "dtype", "max_batch")},
+    "image": ("fox.png", Path("fox.png")),
+    "mask": ("head.png", Path("head.png")),
+    "strength": ("0.5", 0.5),
+    "refine": ("base_image_refiner", "base_image_refiner"),
+    "high_noise_frac": ("0.7", 0.7),
+    "refine_steps": ("12", 12),
+    "weighted": ("true", True),
+    "embedding": ("sketch=a.safetensors", ["sketch=a.safetensors"]),
+    **{name: EXAMPLES[name] for name in ("model", "device", "dtype", "max_batch", "refiner", "accel")},
 }
 
 

@@ -84,6 +84,37 @@ def test_deleted_files_are_gone_and_the_rest_stay(outputs, tmp_path):
     assert len(list((tmp_path / "data" / "outputs" / JOB).iterdir())) == 1
 
 
+def test_a_start_picture_comes_back_by_its_key(outputs):
+    """Stored under a name that cannot be guessed, and gone after deletion."""
+    keys = {outputs.put_input(PNG) for _ in range(20)}
+    assert len(keys) == 20
+    key = keys.pop()
+    assert re.fullmatch(r"inputs/[0-9a-f]{32}\.png", key)
+    assert outputs.get_input(key) == PNG
+    outputs.delete([key])
+    outputs.delete([key])
+    with pytest.raises(NotFound, match="may have been deleted"):
+        outputs.get_input(key)
+    assert all(outputs.get_input(other) == PNG for other in keys)
+
+
+def test_a_start_picture_is_never_written_over(outputs, monkeypatch):
+    """Even if the key came out the same."""
+    monkeypatch.setattr(module.secrets, "token_hex", lambda n: "a" * 2 * n)
+    key = outputs.put_input(b"first")
+    with pytest.raises(AlreadyExistsError):
+        outputs.put_input(b"second")
+    assert outputs.get_input(key) == b"first"
+
+
+def test_a_start_picture_is_not_served_as_a_finished_one(outputs):
+    """What reads finished pictures refuses the key of a start picture, and the other way round."""
+    key, blob = outputs.put_input(PNG), outputs.put(JOB, 1, 0, PNG, "image/png")
+    for refuse, name in ((outputs.get, key), (content_type_of, key), (outputs.get_input, blob)):
+        with pytest.raises(NotFound, match="no such file"):
+            refuse(name)
+
+
 HOSTILE = [
     "",
     "/etc/passwd",
@@ -97,6 +128,10 @@ HOSTILE = [
     f"{JOB.upper()}/1-{JOB}/0.png",
     f"{JOB}/1-{JOB}/٠.png",  # a digit, but not one of ours
     f"{JOB}%2f1-{JOB}%2f0.png",
+    "inputs/../../secret.png",
+    f"inputs/../inputs/{JOB}.png",
+    f"inputs/{JOB}.png\n",
+    f"inputs/{JOB}.svg",
     "\ud800",
 ]
 
@@ -105,7 +140,7 @@ HOSTILE = [
 def test_only_names_of_our_making_reach_the_disk(outputs, tmp_path, blob):
     """No text from an address becomes a path: reading, deleting and typing all refuse it."""
     (tmp_path / "secret.png").write_bytes(b"secret")
-    for refuse in (outputs.get, lambda name: outputs.delete([name]), content_type_of):
+    for refuse in (outputs.get, outputs.get_input, lambda name: outputs.delete([name]), content_type_of):
         with pytest.raises(NotFound, match="no such file"):
             refuse(blob)
     assert (tmp_path / "secret.png").exists()

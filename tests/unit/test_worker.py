@@ -10,13 +10,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from impasto.errors import NotFound, Unavailable
+from impasto.images import encode_png
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import NewJob
 from impasto.jobs.states import Status
 from impasto.jobs.store import JobStore
-from impasto.types import Failed, GenerationRequest, ImageReady, LoraRef
+from impasto.types import Failed, GenerationRequest, ImageReady, LoraRef, Preview
 from impasto.worker.backend import FakeBackend, draw_pattern
 from impasto.worker.loop import WorkerLoop
 
@@ -35,11 +36,12 @@ class Rig:
         keys = KeyStore(database)
         self.key_id = keys.authenticate(keys.create("test")).id
 
-    def submit(self, file_format="png", **fields):
+    def submit(self, file_format="png", pictures=None, **fields):
         request = GenerationRequest(**({"prompt": "a fox", "width": 512, "height": 512} | fields))
         output = {"format": file_format, "base64": False, "safety_checker": True}
-        job = NewJob("m", {"request": request.to_json(), "output": output}, self.key_id, seed=request.seed)
-        return self.store.create(job, max_queued=100).id
+        keys = {name: self.outputs.put_input(encode_png(picture)) for name, picture in (pictures or {}).items()}
+        content = {"request": request.to_json(), "pictures": keys, "output": output}
+        return self.store.create(NewJob("m", content, self.key_id, seed=request.seed), max_queued=100).id
 
     def loop(self, backend=None, **options):
         options = {"name": "w1", "lora_dir": self.folder / "loras", "lease_seconds": LEASE} | options
@@ -47,6 +49,9 @@ class Rig:
 
     def files(self):
         return [path for path in (self.folder / "outputs").rglob("*") if path.is_file()]
+
+    def inputs(self):
+        return [path for path in self.files() if path.parent.name == "inputs"]
 
 
 @pytest.fixture
@@ -119,26 +124,47 @@ def test_a_lora_is_found_by_name_inside_its_folder_only(rig):
     folder.mkdir(parents=True)
     save_file({"x": torch.zeros(1)}, folder / "pixel.safetensors")
     save_file({"x": torch.zeros(1)}, rig.folder / "outside.safetensors")
-    seen = []
-
-    class Watching(FakeBackend):
-        def submit(self, request, request_id=None):
-            seen.append(request.loras)
-            return super().submit(request, request_id)
+    backend = Watching()
 
     for name in ("me/pixel", "me/pixel.safetensors"):
         job_id = rig.submit(loras=(LoraRef(name, 0.5),), num_inference_steps=1, seed=1)
-        drain(rig.loop(Watching(0)))
+        drain(rig.loop(backend))
         assert rig.store.get(job_id).status is Status.COMPLETED
-        assert seen.pop() == (LoraRef(str(folder / "pixel.safetensors"), 0.5),)
+        assert backend.seen.pop().loras == (LoraRef(str(folder / "pixel.safetensors"), 0.5),)
 
     for name in ("../outside", str(rig.folder / "outside.safetensors"), "nerijs/pixel-art-xl", "", "*"):
         job_id = rig.submit(loras=(LoraRef(name),), seed=1)
-        drain(rig.loop(Watching(0)))
+        drain(rig.loop(backend))
         failed = rig.store.get(job_id)
         assert failed.status is Status.FAILED
         assert failed.error.startswith("loras.0.path"), failed.error
-    assert seen == []
+    assert backend.seen == []
+
+
+class Watching(FakeBackend):
+    """Remembers what it was asked for."""
+
+    def __init__(self, step_seconds=0.0):
+        super().__init__(step_seconds)
+        self.seen = []
+
+    def submit(self, request, request_id=None):
+        self.seen.append(request)
+        return super().submit(request, request_id)
+
+
+def test_previews_do_no_harm(rig):
+    """The engine may send them; for now nobody is shown them."""
+
+    class Previewing(FakeBackend):
+        def step(self):
+            previews = [Preview(request_id, 0, 1, Image.new("RGB", (64, 64))) for request_id in self._requests]
+            return [*previews, *super().step()]
+
+    job_id = rig.submit(num_inference_steps=2, seed=1)
+    drain(rig.loop(Previewing(0)))
+    assert rig.store.get(job_id).status is Status.COMPLETED
+    assert len(rig.files()) == 1
 
 
 class Early(FakeBackend):

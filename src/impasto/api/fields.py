@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
 
+from impasto.api.pictures import to_mask_png, to_png
 from impasto.errors import InvalidInput
 from impasto.types import LIMITS, Bounds, LoraRef, check_prompt, parse_size
 
@@ -76,22 +77,24 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class NotYet:
-    """A string field that is part of the form but not served by this version: only the empty string is taken."""
+class Picture:
+    """A picture as a data URI or naked base64; the empty string is "not given". A mask is read for its brightness."""
 
     name: str
     description: str
     default: str = ""
+    mask: bool = False
 
-    def read(self, value: object, path: str) -> str:
-        """Return ``""``, or refuse: ignoring a start image silently would answer with the wrong picture."""
-        if _text(value, path):
-            raise InvalidInput(path, "is not available yet: this version makes pictures from text only")
-        return ""
+    def read(self, value: object, path: str) -> bytes | None:
+        """Return the picture, decoded once and written anew as PNG."""
+        text = _text(value, path)
+        if not text.strip():
+            return None
+        return to_mask_png(text, path) if self.mask else to_png(text, path)
 
     def schema(self) -> Schema:
-        """A string that must be empty."""
-        return _described(self, type="string", maxLength=0)
+        """A string without an end to its length: the whole body has one."""
+        return _described(self, type="string")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,30 +169,22 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few words, compared without case; ``aliases`` maps other spellings to the word meant.
-
-    A word of ``later`` is known from the hosted form but not served by this version, and is refused by name.
-    """
+    """One of a few words, compared without case; ``aliases`` maps other spellings to the word meant."""
 
     name: str
     description: str
     default: str
     words: tuple[str, ...]
     aliases: tuple[tuple[str, str], ...] = ()
-    later: tuple[str, ...] = ()
 
     def read(self, value: object, path: str) -> str:
         """Return the word in its own spelling."""
         text = _text(value, path)
         spelling = {alias.lower(): word for alias, word in self.aliases}
-        spelling |= {word.lower(): word for word in (*self.words, *self.later)}
-        word = spelling.get(text.lower())
-        if word in self.words:
-            return word
-        taken = " or ".join(self.words) if len(self.words) < 3 else "one of " + ", ".join(self.words)
-        if word is not None:
-            raise InvalidInput(path, f"{shown(text)} is not available yet; this version has {taken}")
-        raise InvalidInput(path, f"must be {taken}, got {shown(text)}")
+        spelling |= {word.lower(): word for word in self.words}
+        if text.lower() not in spelling:
+            raise InvalidInput(path, f"must be one of {', '.join(self.words)}, got {shown(text)}")
+        return spelling[text.lower()]
 
     def schema(self) -> Schema:
         """The words that are served."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from impasto.api.fields import Choice, Field, Flag, Integer, Loras, NotYet, Number, Schema, Size, Text
-from impasto.types import LIMITS, OUTPUT_FORMATS, SCHEDULER_ALIASES, SCHEDULERS, Bounds
+from impasto.api.fields import Choice, Field, Flag, Integer, Loras, Number, Picture, Schema, Size, Text
+from impasto.types import LIMITS, OUTPUT_FORMATS, REFINE_MODES, SCHEDULER_ALIASES, SCHEDULERS
 
 VERSIONS: Final = ("v2", "v3")  # of the hosted API; they differ in their paths alone
 ALIASES: Final = {"prompt_strength": "strength"}  # other spellings of a field; the field's own name wins
 
 _FORM: Final[tuple[Field, ...]] = (
     Text("prompt", "What to draw."),
-    NotYet("image", "Start picture; not available yet: only the empty string is taken."),
-    NotYet("mask_image", "Where to paint; not available yet: only the empty string is taken."),
+    Picture("image", "Start picture: a data URI or base64 of a PNG, JPEG or WebP."),
+    Picture("mask_image", "Where to paint in `image`: white is painted, black is kept.", mask=True),
     Number(
         "strength",
-        "How far from the start picture; checked, and unused without one. Also `prompt_strength`.",
+        "How far from the start picture; without one it is unused. Also `prompt_strength`.",
         LIMITS.strength,
     ),
     Loras("loras", "LoRAs to apply, each `{path, scale}`."),
@@ -48,20 +48,20 @@ _FORM: Final[tuple[Field, ...]] = (
     ),
     Choice(
         "refine",
-        "Use of the refiner; not available yet.",
-        "no_refiner",
-        ("no_refiner",),
+        "Whether the refiner takes the last steps (also `base_model_refiner`), goes once more over the finished "
+        "picture, or nothing; needs a server with a refiner.",
+        REFINE_MODES[0],
+        REFINE_MODES,
         aliases=(("base_model_refiner", "expert_ensemble_refiner"),),
-        later=("expert_ensemble_refiner", "base_image_refiner"),
     ),
     Number(
         "high_noise_frac",
-        "Share of the steps before the refiner takes over; checked, and unused without one.",
-        Bounds(0, 1, 0.8),
+        "Share of the noise schedule that is the base model's (`expert_ensemble_refiner`).",
+        LIMITS.high_noise_frac,
     ),
     Integer(
         "refine_steps",
-        "Steps of the refiner; checked, and unused without one.",
+        "Steps of the second pass's schedule, of which the last run (`base_image_refiner`); not given: as the base's.",
         LIMITS.num_inference_steps,
         optional=True,
     ),

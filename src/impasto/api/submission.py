@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from impasto.api.fields import Loras
+from impasto.api.fields import Field, Loras, Picture
 from impasto.api.models import ALIASES, ServedModel
+from impasto.api.pictures import stand_in
 from impasto.errors import InvalidInput
 from impasto.jobs.records import NewJob
-from impasto.types import LIMITS, GenerationRequest
+from impasto.types import LIMITS, REFINE_MODES, GenerationRequest
 
 DEFAULT_PICTURE: Final = LIMITS.num_inference_steps.default * LIMITS.side.default**2  # steps x pixels
 DRAWN_SEEDS: Final = 2**32  # a drawn seed is below this, so that every other tool can take it too
+SECOND_PASS: Final = 0.3  # about this share of a second pass's schedule is run
+PICTURES: Final = ("image", "mask_image")  # they travel as files, not in the row
 
 # Fields that mean the same, under the same name, on the wire and to the engine.
 PLAIN_FIELDS: Final = (
@@ -28,6 +31,10 @@ PLAIN_FIELDS: Final = (
     "num_images",
     "seed",
     "scheduler",
+    "strength",
+    "refine",
+    "high_noise_frac",
+    "refine_steps",
 )
 
 
@@ -40,8 +47,8 @@ class Submission:
     as_sent: Mapping[str, Any]  # the known fields as the client wrote them, without keys of its own
 
     @classmethod
-    def read(cls, model: ServedModel, body: Mapping[str, Any]) -> Submission:
-        """Check ``body`` against the model's form.
+    def read(cls, model: ServedModel, body: Mapping[str, Any], *, refiner: bool = False) -> Submission:
+        """Check ``body`` against the model's form; ``refiner`` says whether this server has one.
 
         ``null`` is "not given" and unknown keys are ignored: real clients send both. ``enable_base64_output``
         is false unless asked for, on every route: the hosted form's documents disagree with each other about
@@ -59,13 +66,19 @@ class Submission:
             for name in (*spellings, field.name):
                 if name in given:
                     value = values[field.name] = field.read(given[name], name)
-                    as_sent[name] = [asdict(lora) for lora in value] if isinstance(field, Loras) else given[name]
+                    as_sent[name] = _remembered(field, given[name], value)
         for name in model.required:
             if name not in given:
                 raise InvalidInput(name, f'property "{name}" is missing')
+        _check_together(values, refiner)
         if values["seed"] < 0:
             values["seed"] = secrets.randbelow(DRAWN_SEEDS)
         return cls(model, values, as_sent)
+
+    @property
+    def pictures(self) -> dict[str, bytes]:
+        """The start picture and its mask as PNG, as far as they were given."""
+        return {name: self.values[name] for name in PICTURES if self.values[name] is not None}
 
     @property
     def sync(self) -> bool:
@@ -78,15 +91,23 @@ class Submission:
         width, height = self.values["size"]
         return replace(request, width=width, height=height, loras=tuple(self.values["loras"]))
 
-    def to_job(self, key_id: str) -> NewJob:
-        """Return the row for the store; its ``cost`` counts steps x pixels x images, in default pictures."""
+    def to_job(self, key_id: str, pictures: Mapping[str, str] | None = None) -> NewJob:
+        """Return the row for the store.
+
+        Its ``cost`` counts steps x pixels x images, in default pictures.
+
+        Args:
+            key_id: Whose job it is.
+            pictures: Where each of ``self.pictures`` is stored.
+        """
         request = self.to_request()
         values = self.values
-        work = request.num_inference_steps * request.width * request.height * request.num_images
+        work = self._steps(request) * request.width * request.height * request.num_images
         return NewJob(
             model=self.model.id,
             input={
                 "request": request.to_json(),
+                "pictures": dict(pictures or {}),
                 "output": {
                     "format": values["output_format"],
                     "base64": values["enable_base64_output"],
@@ -99,3 +120,28 @@ class Submission:
             cost=work / DEFAULT_PICTURE,
             lora_key=tuple(f"{lora.path}@{lora.scale:g}" for lora in request.loras),
         )
+
+    def _steps(self, request: GenerationRequest) -> float:
+        """Estimate the steps that run: fewer from a start picture, more with a second pass."""
+        steps = float(request.num_inference_steps)
+        if "image" in self.pictures:
+            steps = max(1.0, steps * request.strength)
+        if request.refine == "base_image_refiner":
+            steps += SECOND_PASS * (request.refine_steps or request.num_inference_steps)
+        return steps
+
+
+def _check_together(values: Mapping[str, Any], refiner: bool) -> None:
+    """Refuse values that are right alone and ask for something that is not there."""
+    if values["mask_image"] is not None and values["image"] is None:
+        raise InvalidInput("mask_image", "needs an image to paint into; give image as well")
+    if values["refine"] != REFINE_MODES[0] and not refiner:
+        remedy = f"send {REFINE_MODES[0]}, or have the server started with --refiner MODEL"
+        raise InvalidInput("refine", f"asks for {values['refine']}, and this server has no refiner: {remedy}")
+
+
+def _remembered(field: Field, sent: Any, value: Any) -> Any:
+    """Return what the row keeps of a value as it was sent: no keys of the client's own, and no pictures."""
+    if isinstance(field, Loras):
+        return [asdict(lora) for lora in value]
+    return stand_in(sent) if isinstance(field, Picture) else sent

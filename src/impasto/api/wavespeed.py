@@ -1,13 +1,14 @@
 """Submitting, in the hosted service's dialect: ``POST /api/v2/{model}`` and ``/api/v3/{model}``.
 
-Knows the order of things: key, model, body, job, and then the wait of a synchronous client. Knows nothing of single
-fields (``models.py``) or of the answer's form (``view.py``).
+Knows the order of things: key, model, body, pictures, job, and then the wait of a synchronous client. Knows nothing
+of single fields (``models.py``) or of the answer's form (``view.py``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -77,9 +78,19 @@ def _submit(model: ServedModel) -> Endpoint:
 
 
 def _create(model: ServedModel, body: bytes, key: Key, service: Service) -> tuple[Submission, Job]:
-    """Check the body and make the job; in a thread, because both may take long."""
-    submission = Submission.read(model, parse_object(body))
-    return submission, service.store.create(submission.to_job(key.id), service.settings.max_queued)
+    """Check the body, store its pictures and make the job; in a thread, because all of it may take long.
+
+    The files are there before the row that names them, and go again if the row cannot be written.
+    """
+    submission = Submission.read(model, parse_object(body), refiner=service.settings.refiner is not None)
+    stored: dict[str, str] = {}
+    with ExitStack() as undo:
+        for name, png in submission.pictures.items():
+            stored[name] = service.outputs.put_input(png)
+            undo.callback(service.outputs.delete, [stored[name]])
+        job = service.store.create(submission.to_job(key.id, stored), service.settings.max_queued)
+        undo.pop_all()
+    return submission, job
 
 
 async def _finished(request: Request, service: Service, job: Job, links: Links) -> Response:

@@ -1,6 +1,6 @@
-"""Finished pictures as files: written once, under names that cannot be guessed, on a local disk or S3.
+"""Pictures as files, finished ones and start pictures: written once, under names that nobody can guess.
 
-Knows bytes and names. Knows nothing of jobs' rows, of images or of URLs.
+Knows bytes, names, and local disks and S3. Knows nothing of jobs' rows, of images or of URLs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from impasto.errors import NotFound
 EXTENSIONS: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _CONTENT_TYPES: Final = {extension: content_type for content_type, extension in EXTENSIONS.items()}
 _BLOB: Final = re.compile(r"[0-9a-f]{32}/[0-9]{1,9}-[0-9a-f]{32}/[0-9]{1,3}\.(png|jpg|webp)")
+_INPUT: Final = re.compile(r"inputs/[0-9a-f]{32}\.png")  # beside the jobs' folders, whose names are 32 digits
 
 
 class OutputStore:
@@ -39,10 +40,17 @@ class OutputStore:
             content_type: One of ``EXTENSIONS``.
         """
         blob = f"{job_id}/{attempt}-{secrets.token_hex(16)}/{index}.{EXTENSIONS[content_type]}"
-        # A local file has nowhere to keep a content type; its name says it.
-        attributes = None if isinstance(self._store, LocalStore) else {"Content-Type": content_type}
-        self._store.put(_checked(blob), data, mode="create", attributes=attributes)
+        self._put(_checked(blob), data, content_type)
         return blob
+
+    def put_input(self, data: bytes) -> str:
+        """Write one start picture or mask, a PNG of our own making, and return its key.
+
+        A key is no blob name: ``get`` and ``content_type_of`` refuse it, so no route serves what was sent in.
+        """
+        key = f"inputs/{secrets.token_hex(16)}.png"
+        self._put(key, data, "image/png")
+        return key
 
     def get(self, blob: str) -> bytes:
         """Return a picture's bytes.
@@ -50,18 +58,34 @@ class OutputStore:
         Raises:
             NotFound: There is none, or ``blob`` is not a blob name.
         """
-        try:
-            return self._store.get(_checked(blob)).bytes().to_bytes()
-        except FileNotFoundError:
-            raise NotFound("there is no such file; it may have been deleted") from None
+        return self._get(_checked(blob))
 
-    def delete(self, blobs: Iterable[str]) -> None:
-        """Delete pictures; those already gone are fine."""
-        for blob in blobs:
+    def get_input(self, key: str) -> bytes:
+        """Return what ``put_input`` wrote.
+
+        Raises:
+            NotFound: It is gone, or ``key`` is not one of its keys.
+        """
+        return self._get(_checked(key, _INPUT))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete pictures by blob name or key; those already gone are fine."""
+        for name in names:
             try:
-                self._store.delete(_checked(blob))
+                self._store.delete(_checked(name, _INPUT if name.startswith("inputs/") else _BLOB))
             except FileNotFoundError:
                 continue
+
+    def _put(self, name: str, data: bytes, content_type: str) -> None:
+        # A local file has nowhere to keep a content type; its name says it.
+        attributes = None if isinstance(self._store, LocalStore) else {"Content-Type": content_type}
+        self._store.put(name, data, mode="create", attributes=attributes)
+
+    def _get(self, name: str) -> bytes:
+        try:
+            return self._store.get(name).bytes().to_bytes()
+        except FileNotFoundError:
+            raise NotFound("there is no such file; it may have been deleted") from None
 
 
 def content_type_of(blob: str) -> str:
@@ -73,8 +97,8 @@ def content_type_of(blob: str) -> str:
     return _CONTENT_TYPES[_checked(blob).rpartition(".")[2]]
 
 
-def _checked(blob: str) -> str:
+def _checked(name: str, form: re.Pattern[str] = _BLOB) -> str:
     """Let only names of our own making through, so that no text from outside becomes a path."""
-    if _BLOB.fullmatch(blob) is None:
+    if form.fullmatch(name) is None:
         raise NotFound("there is no such file; check the address")
-    return blob
+    return name

@@ -10,7 +10,7 @@ import time
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 from impasto.types import Event, Finished, GenerationRequest, ImageReady, Progress, seed_of_image
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
 
 class FakeBackend:
-    """Draws test patterns that depend on prompt and seed: real shapes, steps and timings, no network.
+    """Draws test patterns that depend on prompt, seed and start picture: real shapes and timings, no network.
 
     Args:
         step_seconds: How long one step takes.
@@ -82,10 +82,25 @@ class FakeBackend:
 
 
 def draw_pattern(request: GenerationRequest, seed: int) -> Image.Image:
-    """Return a two-colour gradient of the asked size whose colours come from the seed and the prompt."""
+    """Return a two-colour gradient of the asked size whose colours come from the seed and the prompt.
+
+    A start picture is mixed in by ``strength``, and kept bit for bit where the mask is black.
+    """
     rng = np.random.default_rng([seed + 1, *request.prompt.encode()])
     corner, edge = rng.integers(0, 256, (2, 3))
     across = np.linspace(0, 1, request.width)[None, :, None]
     down = np.linspace(0, 1, request.height)[:, None, None]
     mixed = (across + down) / 2
-    return Image.fromarray((corner * (1 - mixed) + edge * mixed).astype(np.uint8))
+    pattern = Image.fromarray((corner * (1 - mixed) + edge * mixed).astype(np.uint8))
+    return pattern if request.image is None else _drawn_over(request.image, pattern, request)
+
+
+def _drawn_over(image: Image.Image, pattern: Image.Image, request: GenerationRequest) -> Image.Image:
+    """Mix ``pattern`` into the start picture, everywhere or where the mask (or a transparent part) says so."""
+    start = ImageOps.fit(image, pattern.size)
+    mixed = Image.blend(start.convert("RGB"), pattern, request.strength)
+    if request.mask_image is not None:
+        return Image.composite(mixed, start.convert("RGB"), ImageOps.fit(request.mask_image.convert("L"), pattern.size))
+    if start.mode == "RGBA":
+        return Image.composite(mixed, start.convert("RGB"), ImageChops.invert(start.getchannel("A")))
+    return mixed

@@ -14,16 +14,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from impasto.errors import ImpastoError, LoraError, Unavailable
-from impasto.images import CONTENT_TYPES, encode_image
+from impasto.errors import ImpastoError, InvalidInput, LoraError, NotFound, Unavailable
+from impasto.images import CONTENT_TYPES, decode_png, encode_image
 from impasto.jobs.events import ChangeWatcher
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import Job, Lease, Output
 from impasto.jobs.store import JobStore
-from impasto.types import Event, Failed, Finished, GenerationRequest, ImageReady, LoraRef, OutputFormat, Progress
+from impasto.types import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    ImageReady,
+    LoraRef,
+    OutputFormat,
+    Preview,
+    Progress,
+)
 from impasto.worker.backend import Backend
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +61,16 @@ class Running:
     def suspect(self) -> bool:
         """Whether an earlier attempt ended without a result: it may be this job that kills workers."""
         return self.lease.attempt > 1
+
+    @property
+    def blobs(self) -> list[str]:
+        """The pictures this attempt has stored."""
+        return [output.blob for output in self.outputs.values()]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Keys of the pictures the job starts from."""
+        return list(self.job.input.get("pictures", {}).values())
 
 
 class WorkerLoop:
@@ -163,13 +186,22 @@ class WorkerLoop:
         return any(running.suspect for running in self._running.values())
 
     def _request(self, job: Job) -> GenerationRequest:
-        """Rebuild the request, with the resolved seed and each LoRA's name turned into a file."""
+        """Rebuild the request, with its pictures, the resolved seed and each LoRA's name turned into a file."""
         request = GenerationRequest.from_json(job.input["request"])
         loras = tuple(
             LoraRef(str(self._lora_file(lora.path, f"loras.{i}.path")), lora.scale)
             for i, lora in enumerate(request.loras)
         )
-        return replace(request, seed=job.seed, loras=loras)
+        image, mask = (self._picture(job, name) for name in ("image", "mask_image"))
+        return replace(request, seed=job.seed, loras=loras, image=image, mask_image=mask)
+
+    def _picture(self, job: Job, name: str) -> Image | None:
+        """Read back a picture that the job starts from; the API has checked and re-encoded it."""
+        key = job.input.get("pictures", {}).get(name)
+        try:
+            return None if key is None else decode_png(self._outputs.get_input(key))
+        except NotFound:
+            raise InvalidInput(name, "is not stored any more; submit the request again") from None
 
     def _lora_file(self, name: str, field_path: str) -> Path:
         """Find an operator's LoRA by ``name`` or ``owner/name``; nothing outside the LoRA folder is reachable."""
@@ -190,6 +222,8 @@ class WorkerLoop:
             match event:
                 case Progress(step=step, total=total):
                     running.progress = {"step": step, "total": total}
+                case Preview():
+                    pass  # nobody is shown previews yet
                 case ImageReady():
                     self._store_picture(running, event)
                 case Finished():
@@ -214,8 +248,9 @@ class WorkerLoop:
         timings = {"inference": round((time.monotonic() - running.claimed) * 1000)}
         if self._written(lambda: self._store.complete(running.lease, outputs, timings)):
             log.info("job %s: completed in %d ms", running.job.id, timings["inference"])
+            self._delete(running, running.inputs)
         else:
-            self._discard(running)
+            self._delete(running, running.blobs)
 
     def _fail(self, running: Running, error: Exception) -> None:
         self._forget(running)
@@ -224,8 +259,9 @@ class WorkerLoop:
         else:
             log.error("job %s failed", running.job.id, exc_info=error)
             message = f"the engine failed on this request ({type(error).__name__}); the server's log has the details"
-        self._written(lambda: self._store.fail(running.lease, message, type(error).__name__))
-        self._discard(running)
+        ended = self._written(lambda: self._store.fail(running.lease, message, type(error).__name__))
+        # A job that did not end here may run again, from the same pictures.
+        self._delete(running, running.blobs + (running.inputs if ended else []))
 
     def _written(self, write: Callable[[], bool]) -> bool:
         """Try to end a job until the store answers; when the lease has run out, the job will be run again."""
@@ -238,10 +274,10 @@ class WorkerLoop:
                 if time.monotonic() > deadline or self._stopping.wait(RETRY_SECONDS):
                     return False
 
-    def _discard(self, running: Running) -> None:
-        """Delete the pictures of an attempt that nobody will see."""
+    def _delete(self, running: Running, files: list[str]) -> None:
+        """Delete files that nobody needs any more: pictures nobody will see, or start pictures of an ended job."""
         try:
-            self._outputs.delete([output.blob for output in running.outputs.values()])
+            self._outputs.delete(files)
         except Exception:  # files that stay cost space, nothing else
             log.exception("job %s: its files could not be deleted", running.job.id)
 
@@ -260,7 +296,7 @@ class WorkerLoop:
             log.info("job %s: cancelled, or given to another worker", running.job.id)
             self._backend.cancel(running.job.id)
             self._forget(running)
-            self._discard(running)
+            self._delete(running, running.blobs)
 
     def _keep_leases(self) -> None:
         """Send heartbeats from a thread of their own: a step may take longer than a lease."""
@@ -291,5 +327,5 @@ class WorkerLoop:
                 self._store.release(running.lease)
             except Unavailable as error:
                 log.warning("job %s could not be handed back: %s", running.job.id, error)
-            self._discard(running)
+            self._delete(running, running.blobs)
             self._forget(running)

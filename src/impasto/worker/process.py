@@ -30,9 +30,17 @@ def make_backend(settings: Settings) -> Backend:
     """Build what the setting ``model`` names."""
     if settings.model == FAKE_MODEL:
         return FakeBackend(settings.fake_step_seconds)
+    from impasto.engine.accel import Accel
     from impasto.engine.engine import Engine
 
-    return Engine.load(settings.model, device=settings.device, dtype=settings.dtype, max_batch=settings.max_batch)
+    return Engine.load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_batch=settings.max_batch,
+        refiner=settings.refiner,
+        accel=Accel.parse(settings.accel),
+    )
 
 
 def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
