@@ -44,8 +44,14 @@ def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x * (0.5 + t / 2000) + 0.1 * torch.roll(x, 1, -1))
 
 
+def reference_class(name: str):
+    """The diffusers class that a sampler of ours equals, and its options."""
+    kind, options = REFERENCES[name]
+    return getattr(diffusers, kind), options
+
+
 def reference(name: str, schedule: NoiseSchedule, **options):
-    kind, extra = REFERENCES[name]
+    kind, extra = reference_class(name)
     config = {
         "num_train_timesteps": schedule.num_train_timesteps,
         "beta_start": schedule.beta_start,
@@ -54,9 +60,10 @@ def reference(name: str, schedule: NoiseSchedule, **options):
         "timestep_spacing": schedule.timestep_spacing,
         "steps_offset": schedule.steps_offset,
         "prediction_type": schedule.prediction_type,
-        "set_alpha_to_one": schedule.set_alpha_to_one,
     }
-    return getattr(diffusers, kind).from_config(config, **extra, **options)
+    if schedule.set_alpha_to_one is not None:
+        config["set_alpha_to_one"] = schedule.set_alpha_to_one
+    return kind.from_config(config, **extra, **options)
 
 
 def theirs(name: str, schedule: NoiseSchedule, steps: int, seed: int) -> torch.Tensor:

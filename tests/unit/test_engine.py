@@ -12,6 +12,7 @@ from impasto.engine.latents import latent_shape, noise, seeded
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.sigmas import NoiseSchedule
 from impasto.errors import ConfigError, InvalidInput, LoraError, ModelError
+from impasto.models.text import Prompt
 from impasto.types import Failed, Finished, GenerationRequest, ImageReady, LoraRef, Progress
 from tests.random_sdxl import save_random_sdxl
 
@@ -129,7 +130,7 @@ def test_a_request_that_cannot_start_fails_alone(engine, tmp_path):
 
 def test_a_row_that_breaks_the_batch_fails_alone(engine, monkeypatch):
     """When a shared call raises, its rows are tried one by one and only the guilty one fails."""
-    predict = engine._model.predict
+    predict = engine._model.base.predict
 
     def refuse(latents, timesteps, tokens, pooled, time_ids):
         if time_ids.shape[0] > 2 or float(pooled.abs().sum()) == marker:
@@ -137,8 +138,8 @@ def test_a_row_that_breaks_the_batch_fails_alone(engine, monkeypatch):
         return predict(latents, timesteps, tokens, pooled, time_ids)
 
     bad, good = request("bad", guidance_scale=0), request("good", seed=2)
-    marker = float(engine._model.encode("bad")[1].abs().sum())
-    monkeypatch.setattr(type(engine._model), "predict", lambda _, *inputs: refuse(*inputs))
+    marker = float(engine._model.encode(Prompt("bad"))[1].abs().sum())
+    monkeypatch.setattr(type(engine._model.base), "predict", lambda _, *inputs: refuse(*inputs))
     events = run(engine, bad, good)
     assert isinstance(events["0"][-1], Failed)
     assert isinstance(events["1"][-1], Finished)
@@ -193,7 +194,7 @@ def test_size_ids_put_heights_before_widths():
 def test_a_long_prompt_is_read_to_its_end(engine):
     """Words behind the first 75 tokens change the picture; windows are whole, and a short batch-mate is not changed."""
     short, long = "a b " * 30, "a b " * 45
-    lengths = [len(engine._model.encode(prompt)[0]) for prompt in ("", short, long, long * 2)]
+    lengths = [len(engine._model.encode(Prompt(prompt))[0]) for prompt in ("", short, long, long * 2)]
     assert lengths == [77, 77, 154, 231]
     together = run(engine, request(long), request(long + "fox"), request(short), request(short, negative_prompt=long))
     one, other, third, fourth = (pictures(together[str(i)])[0] for i in range(4))
@@ -213,12 +214,12 @@ def test_prompts_are_encoded_once_until_the_cache_is_full():
     encoded = []
 
     def encode(prompt):
-        encoded.append(prompt)
+        encoded.append(prompt.text)
         return Embedding(torch.zeros(1, 1), torch.zeros(1))
 
     cache = PromptCache(encode, entries=2)
     for prompt, weights in [("a", ()), ("a", ()), ("b", ()), ("a", ()), ("c", ()), ("b", ()), ("c", ("lora",))]:
-        cache.embed(prompt, weights)
+        cache.embed(Prompt(prompt), weights)
     assert encoded == ["a", "b", "c", "b", "c"]
 
 

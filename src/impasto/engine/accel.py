@@ -1,13 +1,23 @@
-"""One switchboard for devices and number formats, each with a plain fallback.
+"""One switchboard for devices, number formats and faster ways to run the UNet, each with a plain fallback.
 
-Knows what this machine offers torch. Knows no model.
+Knows what this machine offers torch, and the UNet as a module. Knows no requests. Everything here keeps LoRAs working:
+weights are edited in place, and no switch copies them or compiles their values in.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
 import torch
 
+from impasto.engine.graphs import Graphed
 from impasto.errors import ConfigError
+from impasto.models.fused import fuse_projections
+from impasto.models.residence import Offload
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,3 +47,103 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {name!r}")
     return DTYPES[name]
+
+
+Tiling = Literal["auto", "on", "off"]
+_CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
+
+
+@dataclass(frozen=True, slots=True)
+class Accel:
+    """Switches that change speed and memory and never the picture, but for rounding. The default is the plain way.
+
+    Attributes:
+        compile: Compile the UNet's transformer blocks; the first call of a kind takes a minute or so.
+        channels_last: Keep convolution weights and pictures with the channels innermost.
+        fuse_projections: One matmul for q, k, v in each attention.
+        cuda_graphs: Replay recorded UNet calls.
+        offload: Keep the text encoders, or every network, on the CPU while not in use.
+        vae_tiling: Decode in tiles: always, never, or when a whole picture would not fit.
+
+    Raises:
+        ConfigError: ``offload`` or ``vae_tiling`` has an unknown value.
+    """
+
+    compile: bool = False
+    channels_last: bool = False
+    fuse_projections: bool = False
+    cuda_graphs: bool = False
+    offload: Offload = "none"
+    vae_tiling: Tiling = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"accel: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Accel:
+        """Read a comma list such as ``compile,channels_last,offload=encoders``; empty is the plain way.
+
+        Raises:
+            ConfigError: An unknown name or value, or a name given twice.
+        """
+        found: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, has_value, value = (part.strip() for part in item.partition("="))
+            if name in found:
+                raise ConfigError(f"accel: {name} is given twice; give it once")
+            if name not in {field.name for field in fields(cls)} or (name in _CHOICES) != bool(has_value):
+                raise ConfigError(f"accel: unknown item {item[:40]!r}; use {', '.join(_spellings())}")
+            found[name] = value if has_value else True
+        return cls(**found)
+
+
+def _spellings() -> list[str]:
+    """How each switch is written in a comma list."""
+    return [f"{f.name}={'|'.join(_CHOICES[f.name])}" if f.name in _CHOICES else f.name for f in fields(Accel)]
+
+
+def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
+    """Set a UNet up as ``accel`` says, in place, after it was moved to ``device``.
+
+    What cannot be had here is logged and left out. Offloading and VAE tiling are not the UNet's and not done here.
+    """
+    if accel.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if accel.fuse_projections:
+        fuse_projections(unet)
+    if accel.compile and _can_compile(device):
+        compile_unet(unet)
+    if accel.cuda_graphs and _can_record(accel, device):
+        unet.forward = Graphed(unet.forward)
+
+
+def compile_unet(unet: Any) -> None:
+    """Compile each transformer block, for any batch and picture size.
+
+    Blocks of one width share their code. Shapes are dynamic from the start, so SDXL's two widths need two graphs
+    each (one row, several rows), far below torch's limit of 8. Weights are inputs of the graphs: editing them in
+    place changes nothing that is compiled.
+    """
+    unet.compile_repeated_blocks(dynamic=True)
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Try the compiler on a trifle: it needs a C++ compiler on a CPU, Triton on a GPU."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:
+        log.warning("compile is off: nothing can be compiled for %s (%s)", device, str(error).splitlines()[0])
+        return False
+    return True
+
+
+def _can_record(accel: Accel, device: torch.device) -> bool:
+    if device.type != "cuda":
+        log.warning("cuda_graphs is off: the device is %s, not cuda", device)
+        return False
+    if accel.offload == "all":
+        log.warning("cuda_graphs is off: offload=all moves the weights that a graph expects in place")
+        return False
+    return True

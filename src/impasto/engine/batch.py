@@ -1,22 +1,23 @@
-"""Rows in flight: one image each, with its latents, its place on its trajectory and its conditioning.
+"""Rows in flight: one image each, with its latents, its place on its way and its conditioning.
 
 Knows how rows are put side by side for one network call. Knows no network and no policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from impasto.engine.conditioning import Conditioning, Embedding
-from impasto.engine.latents import noise_like
+from impasto.engine.conditioning import Conditioning
+from impasto.engine.latents import Kept, noise_like
+from impasto.engine.legs import Leg, Stage
+from impasto.engine.pictures import Start
 from impasto.engine.samplers import Sampler
 from impasto.engine.samplers.moment import Memory, Moment, guided, rescaled
-from impasto.engine.sigmas import Trajectory
 from impasto.lora.apply import LoraSet
 from impasto.types import GenerationRequest
 
@@ -26,37 +27,91 @@ class Row:
     """One image on its way from noise to picture."""
 
     request_id: str
+    request: GenerationRequest
     index: int  # position among the request's images
     seed: int
-    latents: Tensor  # [4, H/8, W/8], float32
-    trajectory: Trajectory
+    latents: Tensor  # [4, H/8, W/8], float32, at the noise level of the next call
+    legs: tuple[Leg, ...]
     sampler: Sampler
-    conditioning: Conditioning
-    guidance_scale: float
-    guidance_rescale: float
+    conditioning: Mapping[Stage, Conditioning]
     generator: torch.Generator  # on the CPU; has drawn the starting noise
+    kept: Kept | None = None  # what inpainting holds in place
+    beside: Tensor | None = None  # what an inpainting network reads beside the latents, [5, H/8, W/8]
     memory: Memory = ()  # the sampler's own
-    calls: int = 0  # network calls done
+    features: Tensor | None = None  # the UNet's deep features of an earlier call, [halves, C, h, w]
+    denoised: Tensor | None = None  # the last estimate of the clean latents
+    at: int = 0  # which leg
+    call: int = 0  # which call of the leg's trajectory is next
+    calls: int = 0  # network calls done, in all legs
+
+    def __post_init__(self) -> None:
+        self.call = self.leg.first
+
+    @property
+    def leg(self) -> Leg:
+        """The leg the row is on."""
+        return self.legs[self.at]
 
     @property
     def remaining(self) -> int:
         """Network calls still to make."""
-        return len(self.trajectory) - self.calls
+        return sum(map(len, self.legs)) - self.calls
 
     @property
     def sigma(self) -> float:
         """Noise level of the latents now."""
-        return self.trajectory.sigmas[self.calls]
+        return self.leg.trajectory.sigmas[self.call]
 
     @property
     def timestep(self) -> Tensor:
         """What the network is told now, a scalar."""
-        return self.trajectory.timesteps[self.calls]
+        return self.leg.trajectory.timesteps[self.call]
+
+    @property
+    def steers(self) -> Conditioning:
+        """What steers the next call."""
+        return self.conditioning[self.leg.stage]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next call needs the negative half: guidance may be limited to an interval of the steps.
+
+        Source of the interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+        """
+        share = self.call / len(self.leg.trajectory)
+        return self.steers.negative is not None and self.request.guidance_start <= share < self.request.guidance_end
+
+    @property
+    def shallow(self) -> bool:
+        """Whether the next call can make do with the deep features of an earlier one."""
+        if self.features is None or (self.call - self.leg.first) % self.request.reuse_features == 0:
+            return False
+        return len(self.features) > self.guided  # features of both halves, if both are to be predicted
 
     def moved(self, denoised: Tensor) -> tuple[Tensor, Memory]:
         """Return the next latents and memory, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
         draw = partial(noise_like, self.latents, self.generator)
-        return self.sampler.step(Moment(self.latents, denoised, self.calls, self.trajectory, self.memory, draw))
+        moment = Moment(self.latents, denoised, self.call, self.leg.trajectory, self.memory, draw)
+        latents, memory = self.sampler.step(moment)
+        if moment.last:  # samplers that end above no noise leave latents of unit variance, as the VAE was trained on
+            latents = latents / (moment.sigma_next**2 + 1) ** 0.5
+        if self.kept is not None and self.beside is None:
+            latents = self.kept.hold(latents, 0.0 if moment.last else moment.sigma_next)
+        return latents, memory
+
+    def advance(self, latents: Tensor, memory: Memory) -> None:
+        """Take what ``moved`` returned, and go to the next leg where this one ends."""
+        self.latents, self.memory = latents, memory
+        self.call += 1
+        self.calls += 1
+        if self.call == self.leg.end and self.remaining:
+            self.at += 1
+            self.call = self.leg.first
+            self.memory, self.features, self.beside = (), None, None
+            if self.leg.renoise:
+                fresh = noise_like(latents, self.generator)
+                self.latents = latents + self.sigma * fresh
+                self.kept = self.kept and replace(self.kept, noise=fresh)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +120,9 @@ class InFlight:
 
     request: GenerationRequest
     loras: LoraSet
+    start: Start | None
+    steps: int  # that run for each image
+    preview_every: int = 0  # steps between previews; 0: none
     rows: dict[int, Row] = field(default_factory=dict)  # by row id; finished rows stay until the request ends
     delivered: int = 0
     started: float = 0.0  # time.perf_counter() at admission
@@ -74,8 +132,8 @@ class InFlight:
 
         A sampler may take more network calls than steps; a step is done when its share of the calls is.
         """
-        calls = sum(len(row.trajectory) for row in self.rows.values())
-        return sum(row.calls for row in self.rows.values()) * self.request.num_inference_steps // calls
+        calls = sum(row.calls + row.remaining for row in self.rows.values())
+        return sum(row.calls for row in self.rows.values()) * self.steps // calls
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,22 +151,37 @@ class NetworkCall:
 
 
 def network_call(rows: Sequence[Row]) -> NetworkCall:
-    """Lay rows out for one call. All rows must have the same latent shape."""
-    with_guidance = [i for i, row in enumerate(rows) if row.conditioning.negative is not None]
-    plain = [i for i, row in enumerate(rows) if row.conditioning.negative is None]
+    """Lay rows out for one call. All rows must have the same stage, latent shape and length of tokens."""
+    with_guidance = [i for i, row in enumerate(rows) if row.guided]
+    plain = [i for i, row in enumerate(rows) if not row.guided]
     order = with_guidance + with_guidance + plain
-    embeddings: list[Embedding] = []
-    for position, i in enumerate(order):
-        conditioning = rows[i].conditioning
-        negative = conditioning.negative if position < len(with_guidance) else None
-        embeddings.append(negative or conditioning.positive)
+    halves = [rows[i].steers for i in order]
+    embeddings, ids = [], []
+    for position, steers in enumerate(halves):
+        negative = steers.negative if position < len(with_guidance) else None
+        embeddings.append(negative or steers.positive)
+        ids.append(steers.negative_time_ids if negative else steers.time_ids)
     return NetworkCall(
         order=order,
         guided=len(with_guidance),
         tokens=torch.stack([e.tokens for e in embeddings]),
         pooled=torch.stack([e.pooled for e in embeddings]),
-        time_ids=torch.stack([rows[i].conditioning.time_ids for i in order]),
+        time_ids=torch.stack(ids),
     )
+
+
+def features_of(call: NetworkCall, rows: Sequence[Row]) -> Tensor:
+    """Lay the rows' deep features out for one call: the negative half of a row is its first."""
+    last = [rows[i].features for i in call.order]
+    chosen = [f[0 if position < call.guided else -1] for position, f in enumerate(last) if f is not None]
+    return torch.stack(chosen)
+
+
+def keep_features(call: NetworkCall, rows: Sequence[Row], features: Tensor) -> None:
+    """Give each row its part of the deep features of a call, ``[N, C, h, w]``."""
+    for i, row in enumerate(rows):
+        if row.request.reuse_features > 1:
+            row.features = features[[position for position, owner in enumerate(call.order) if owner == i]]
 
 
 def combine(call: NetworkCall, rows: Sequence[Row], output: Tensor) -> tuple[list[Row], Tensor]:
@@ -125,8 +198,9 @@ def combine(call: NetworkCall, rows: Sequence[Row], output: Tensor) -> tuple[lis
     n = call.guided
     negative, positive, plain = output[:n], output[n : 2 * n], output[2 * n :]
     ordered = [rows[i] for i in call.order[n:]]
-    prediction = guided(positive, negative, output.new_tensor([row.guidance_scale for row in ordered[:n]]))
-    amounts = [row.guidance_rescale for row in ordered[:n]]
+    scales = [row.request.guidance_scale for row in ordered[:n]]
+    prediction = guided(positive, negative, output.new_tensor(scales))
+    amounts = [row.request.guidance_rescale for row in ordered[:n]]
     if any(amounts):
         prediction = rescaled(prediction, positive, output.new_tensor(amounts))
     return ordered, torch.cat([prediction, plain])

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from impasto.errors import InvalidInput
+from impasto.models.text import Prompt
+
 CACHE_ENTRIES = 256  # an SDXL entry is 77 x 2048 + 1280 numbers: 0.6 MB in float32
 
 
@@ -35,6 +38,10 @@ class Embedding:
         windows = [blank.tokens] * (missing // len(blank.tokens))
         return Embedding(torch.cat([self.tokens, *windows]), self.pooled)
 
+    def last(self, width: int) -> Embedding:
+        """Return the part of the second encoder alone, ``width`` numbers a token: what a refiner reads."""
+        return Embedding(self.tokens[:, -width:], self.pooled)
+
     def zeros(self) -> Embedding:
         """The embedding SDXL was trained to read as "no prompt at all"."""
         return Embedding(torch.zeros_like(self.tokens), torch.zeros_like(self.pooled))
@@ -42,11 +49,12 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """Everything that steers one image; ``negative`` is ``None`` when guidance is off."""
+    """Everything that steers one image in one network; ``negative`` is ``None`` when guidance is off."""
 
     positive: Embedding
     negative: Embedding | None
-    time_ids: Tensor  # [6]
+    time_ids: Tensor  # [6], of a refiner [5]
+    negative_time_ids: Tensor
 
 
 def size_ids(width: int, height: int) -> Tensor:
@@ -57,15 +65,20 @@ def size_ids(width: int, height: int) -> Tensor:
     return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
 
 
+def score_ids(width: int, height: int, aesthetic_score: float) -> Tensor:
+    """Return the refiner's micro-conditioning ``[5]``: original size, crop corner, aesthetic score (0 to 10)."""
+    return torch.tensor([height, width, 0, 0, aesthetic_score], dtype=torch.float32)
+
+
 class PromptCache:
     """Remembers embeddings by prompt and LoRA set, least recently used out first."""
 
-    def __init__(self, encode: Callable[[str], Embedding], entries: int = CACHE_ENTRIES) -> None:
+    def __init__(self, encode: Callable[[Prompt], Embedding], entries: int = CACHE_ENTRIES) -> None:
         self._encode = encode
         self._entries = entries
-        self._known: OrderedDict[tuple[str, Hashable], Embedding] = OrderedDict()
+        self._known: OrderedDict[tuple[Prompt, Hashable], Embedding] = OrderedDict()
 
-    def embed(self, prompt: str, weights: Hashable) -> Embedding:
+    def embed(self, prompt: Prompt, weights: Hashable) -> Embedding:
         """Return the embedding of ``prompt`` under the text-encoder weights that ``weights`` names."""
         key = (prompt, weights)
         if key not in self._known:
@@ -75,30 +88,24 @@ class PromptCache:
         self._known.move_to_end(key)
         return self._known[key]
 
+    def pair(
+        self, prompt: Prompt, negative: Prompt | None, weights: Hashable, *, zero_absent: bool
+    ) -> tuple[Embedding, Embedding]:
+        """Return the embeddings of a prompt and its negative, of the same length.
 
-def condition(
-    cache: PromptCache,
-    prompt: str,
-    negative_prompt: str | None,
-    *,
-    guidance: bool,
-    zero_absent_negative: bool,
-    width: int,
-    height: int,
-    weights: Hashable,
-) -> Conditioning:
-    """Build the conditioning of a request.
-
-    An absent negative prompt is zeros where the model says so (``force_zeros_for_empty_prompt``); an empty one is
-    the embedding of the empty text. They give different pictures. Of two prompts of different length the shorter is
-    filled up with windows of empty text.
-    """
-    positive, negative = cache.embed(prompt, weights), None
-    if guidance and negative_prompt is None and zero_absent_negative:
-        negative = positive.zeros()
-    elif guidance:
-        negative = cache.embed(negative_prompt or "", weights)
-        blank = cache.embed("", weights)
-        length = max(len(positive.tokens), len(negative.tokens))
-        positive, negative = positive.widened(blank, length), negative.widened(blank, length)
-    return Conditioning(positive, negative, size_ids(width, height))
+        An absent negative prompt is zeros where the model says so (``force_zeros_for_empty_prompt``); an empty one
+        is the embedding of the empty text. They give different pictures. Of two prompts of different length the
+        shorter is filled up with windows of empty text.
+        """
+        positive = self.embed(prompt, weights)
+        if negative is None and zero_absent:
+            return positive, positive.zeros()
+        try:
+            unwanted = self.embed(negative or Prompt(""), weights)
+        except InvalidInput as error:  # encoders know no fields but the prompt
+            raise InvalidInput(
+                "negative_prompt" if error.field == "prompt" else str(error.field), error.problem
+            ) from None
+        blank = self.embed(Prompt(""), weights)
+        length = max(len(positive.tokens), len(unwanted.tokens))
+        return positive.widened(blank, length), unwanted.widened(blank, length)

@@ -7,34 +7,39 @@ Knows requests, latents, noise levels and LoRA sets. Knows nothing of HTTP, user
         ...
 
 One engine belongs to one thread. ``submit`` queues; every ``step`` moves one batch by one step and returns what
-happened, so the caller owns progress, cancellation and the mixing of requests.
+happened, so the caller owns progress, previews, cancellation and the mixing of requests.
 """
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from PIL import Image
 
-from impasto.engine.accel import choose_device, choose_dtype
-from impasto.engine.batch import InFlight, Row, combine, network_call
-from impasto.engine.conditioning import Embedding, PromptCache, condition
-from impasto.engine.latents import latent_shape, noise, seeded
-from impasto.engine.samplers import SAMPLERS
+from impasto.engine.accel import Accel, Tiling, accelerate, choose_device, choose_dtype
+from impasto.engine.admission import Admission
+from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
+from impasto.engine.legs import Stage
+from impasto.engine.memory import BatchLimits, MemoryGauge
 from impasto.engine.samplers.moment import denoise, scale_input
 from impasto.engine.scheduler import Scheduler
 from impasto.engine.sigmas import NoiseSchedule
 from impasto.lora.apply import Adapters
 from impasto.models.catalog import find_model
+from impasto.models.denoiser import Denoiser
+from impasto.models.hub import fetch_model
+from impasto.models.networks import Dtypes
 from impasto.models.sdxl import Sdxl
-from impasto.types import LIMITS, Event, Failed, Finished, GenerationRequest, ImageReady, Progress, seed_of_image
+from impasto.models.tiling import fits
+from impasto.types import Event, Failed, Finished, GenerationRequest, ImageReady, Preview, Progress
 
 DEFAULT_MAX_BATCH = 4  # images sharing one network call
+HALVES = 2  # network rows of a guided image
 
 
 class Engine:
@@ -42,46 +47,82 @@ class Engine:
 
     Args:
         model: The networks.
-        max_batch: Most images that share one UNet call.
+        max_batch: Most images that share one UNet call; fewer where memory, as measured, has no room for them.
     """
 
     def __init__(self, model: Sdxl, max_batch: int = DEFAULT_MAX_BATCH) -> None:
         self._model = model
-        self._schedule = NoiseSchedule.from_config(model.scheduler_config)
+        self._stages: dict[Stage, Denoiser] = {"base": model.base}
+        if model.refiner is not None:
+            self._stages["refiner"] = model.refiner
+        self._schedules = {
+            stage: NoiseSchedule.from_config(denoiser.scheduler_config) for stage, denoiser in self._stages.items()
+        }
         self._adapters = Adapters(model.networks())
-        self._prompts = PromptCache(lambda prompt: Embedding(*model.encode(prompt)))
+        self._admission = Admission(model, self._adapters, self._schedules)
+        self._gauge = MemoryGauge(model.device)
+        self._limits = BatchLimits(self._gauge, HALVES * max_batch)  # a guided image is two rows of the network
         self._scheduler = Scheduler(max_batch)
-        self._pending: dict[str, GenerationRequest] = {}
+        self._pending: dict[str, tuple[GenerationRequest, int]] = {}  # with the steps between previews
         self._running: dict[str, InFlight] = {}
         self._rows: dict[int, Row] = {}
-        self._row_ids = itertools.count()
         self._undelivered: list[Event] = []  # of other requests, seen while ``generate`` ran one
 
     @classmethod
     def load(
-        cls, model: str = "builtin", *, device: str = "auto", dtype: str = "auto", max_batch: int = DEFAULT_MAX_BATCH
+        cls,
+        model: str = "builtin",
+        *,
+        refiner: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch: int = DEFAULT_MAX_BATCH,
+        accel: Accel | None = None,
     ) -> Engine:
-        """Load a model by name (``builtin``) or from a diffusers folder.
+        """Load a model by name (``builtin``), from a diffusers folder, a single-file checkpoint or a hub id.
+
+        Args:
+            model: A base or inpainting model.
+            refiner: A refiner for requests that ask for one; it shares the base's second text encoder and VAE.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+            dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+            max_batch: Most images that share one UNet call.
+            accel: What makes it faster or smaller; nothing by default.
 
         Raises:
             ModelError: Not an SDXL model, or it cannot be read.
             ConfigError: No such device or dtype here.
         """
-        source = find_model(model)
         at = choose_device(device)
-        return cls(Sdxl.load(source, at, choose_dtype(dtype, at)), max_batch)
+        dtypes = Dtypes.all(choose_dtype(dtype, at))
+        accel = accel or Accel()
+        fetch = partial(fetch_model, full=dtypes.unet == torch.float32)
+        loaded = Sdxl.load(
+            find_model(model, fetch),
+            at,
+            dtypes,
+            refiner=None if refiner is None else find_model(refiner, fetch),
+            offload=accel.offload,
+            tiles=partial(_tiles, accel.vae_tiling, MemoryGauge(at)),
+        )
+        for denoiser in filter(None, (loaded.base, loaded.refiner)):
+            accelerate(denoiser.unet, accel, at)
+        return cls(loaded, max_batch)
 
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
         return bool(self._pending or self._running or self._undelivered)
 
-    def submit(self, request: GenerationRequest, request_id: str | None = None) -> str:
-        """Queue a request and return its id; a seed of -1 is drawn when it starts."""
+    def submit(self, request: GenerationRequest, request_id: str | None = None, *, preview_every: int = 0) -> str:
+        """Queue a request and return its id; a seed of -1 is drawn when it starts.
+
+        ``preview_every`` asks for a rough picture of each image after every so many of its steps.
+        """
         request_id = request_id or secrets.token_hex(16)
         if request_id in self._pending or request_id in self._running:
             raise ValueError(f"request {request_id} is already here")
-        self._pending[request_id] = request
+        self._pending[request_id] = (request, preview_every)
         return request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -90,7 +131,7 @@ class Engine:
             return True
         return self._forget(request_id)
 
-    def generate(self, request: GenerationRequest) -> Iterator[Event]:
+    def generate(self, request: GenerationRequest, *, preview_every: int = 0) -> Iterator[Event]:
         """Run one request to its end, yielding its events; closing the iterator cancels it.
 
         Other requests in the engine move along; their events wait for whoever calls ``step`` or ``generate`` next.
@@ -98,7 +139,7 @@ class Engine:
         Raises:
             ImpastoError: The request failed.
         """
-        request_id = self.submit(request)
+        request_id = self.submit(request, preview_every=preview_every)
         try:
             while self._has(request_id):
                 mine, others = _apart(self.step(), request_id)
@@ -115,7 +156,7 @@ class Engine:
         """Admit what is queued, move one batch by one step, and deliver what is done."""
         events, self._undelivered = self._undelivered, []
         for request_id in list(self._pending):
-            events += self._admit(request_id, self._pending.pop(request_id))
+            events += self._admit(request_id, *self._pending.pop(request_id))
         moving = self._scheduler.next_rows()
         if moving:
             events += self._move(moving)
@@ -125,106 +166,130 @@ class Engine:
         waiting = any(event.request_id == request_id for event in self._undelivered)
         return waiting or request_id in self._pending or request_id in self._running
 
-    def _admit(self, request_id: str, request: GenerationRequest) -> list[Event]:
-        """Encode the prompt and draw the noise of each image; a request that cannot start fails alone."""
+    def _admit(self, request_id: str, request: GenerationRequest, preview_every: int) -> list[Event]:
+        """Start a request; one that cannot start fails alone."""
         try:
-            flight = self._start(request_id, request)
+            flight = self._admission.admit(request_id, request, preview_every)
         except Exception as error:  # noqa: BLE001  (whatever went wrong, the others go on)
             return [Failed(request_id, error)]
         self._running[request_id] = flight
+        self._rows |= flight.rows
         for row_id, row in flight.rows.items():
-            self._rows[row_id] = row
-            bucket = (tuple(row.latents.shape), len(row.conditioning.positive.tokens), flight.loras)
-            self._scheduler.add(row_id, bucket, row.remaining)
+            self._scheduler.add(row_id, self._bucket(row), row.remaining)
         return []
 
-    def _start(self, request_id: str, request: GenerationRequest) -> InFlight:
-        if request.seed == -1:
-            request = replace(request, seed=secrets.randbelow(int(LIMITS.seed.high) + 1))
-        sampler = SAMPLERS[request.scheduler]
-        path = sampler.plan(self._schedule, request.num_inference_steps)
-        loras = self._adapters.resolve(request.loras)
-        with self._adapters.active(loras):
-            conditioning = condition(
-                self._prompts,
-                request.prompt,
-                request.negative_prompt,
-                guidance=request.guidance_scale > 1,
-                zero_absent_negative=self._model.zero_absent_negative,
-                width=request.width,
-                height=request.height,
-                weights=loras,
-            )
-        flight = InFlight(request, loras, started=time.perf_counter())
-        for index in range(request.num_images):
-            seed = seed_of_image(request.seed, index)
-            generator = seeded(seed)
-            start = noise(latent_shape(request.width, request.height), generator) * path.initial_scale
-            flight.rows[next(self._row_ids)] = Row(
-                request_id=request_id,
-                index=index,
-                seed=seed,
-                latents=start.to(self._model.device),
-                trajectory=path,
-                sampler=sampler,
-                conditioning=conditioning,
-                guidance_scale=request.guidance_scale,
-                guidance_rescale=request.guidance_rescale,
-                generator=generator,
-            )
-        return flight
+    def _bucket(self, row: Row) -> Hashable:
+        """What must agree for rows to share a network call; the refiner is never patched, so it serves all LoRAs."""
+        loras = self._running[row.request_id].loras if row.leg.stage == "base" else ()
+        depth = (row.shallow, row.request.reuse_features > 1)
+        return row.leg.stage, tuple(row.latents.shape), depth, len(row.steers.positive.tokens), loras
+
+    def _size(self, row: Row) -> Hashable:
+        """What the memory of a row's next call depends on."""
+        return row.leg.stage, tuple(row.latents.shape), row.shallow
 
     def _move(self, row_ids: list[int]) -> list[Event]:
-        """Take one denoising step with these rows. If the call fails, each is tried alone and fails alone."""
-        rows = [self._rows[row_id] for row_id in row_ids]
-        start = time.perf_counter()
-        error = self._tried(rows)
-        if error is not None:
-            if len(row_ids) == 1:
-                self._forget(rows[0].request_id)
-                return [Failed(rows[0].request_id, error)]
-            return [event for row_id in row_ids if row_id in self._rows for event in self._move([row_id])]
-        seconds = time.perf_counter() - start
+        """Take one denoising step with these rows, in as many network calls as memory asks for."""
         events: list[Event] = []
-        for request_id in dict.fromkeys(row.request_id for row in rows):
+        start = time.perf_counter()
+        waiting = row_ids
+        while waiting:
+            room = max(1, self._limits.limit(self._size(self._rows[waiting[0]])) // HALVES)
+            events += self._call(waiting[:room])
+            waiting = [row_id for row_id in waiting[room:] if row_id in self._rows]  # a failure ends a whole request
+        seconds = time.perf_counter() - start
+        moved = {row_id: self._rows[row_id] for row_id in row_ids if row_id in self._rows}
+        for request_id in dict.fromkeys(row.request_id for row in moved.values()):
             flight = self._running[request_id]
-            total = flight.request.num_inference_steps
-            events.append(Progress(request_id, flight.steps_done(), total, seconds))
-        for row in rows:
-            if row.remaining == 0 and row.request_id in self._running:
+            events.append(Progress(request_id, flight.steps_done(), flight.steps, seconds))
+        for row_id, row in moved.items():
+            if row.remaining:
+                self._scheduler.move(row_id, self._bucket(row))
+                events += self._preview(row)
+            elif row.request_id in self._running:
                 events += self._deliver(row)
         return events
 
+    def _call(self, row_ids: list[int]) -> list[Event]:
+        """Move rows in one network call; return the failures. If it fails, each row is tried alone and fails alone."""
+        rows = [self._rows[row_id] for row_id in row_ids]
+        error = self._tried(rows)
+        if error is None:
+            return []
+        if isinstance(error, torch.OutOfMemoryError):
+            self._limits.halve(self._size(rows[0]), HALVES * len(rows))
+        if len(row_ids) == 1:
+            self._forget(rows[0].request_id)
+            return [Failed(rows[0].request_id, error)]
+        return [event for row_id in row_ids if row_id in self._rows for event in self._call([row_id])]
+
     def _tried(self, rows: list[Row]) -> Exception | None:
         """Denoise, and return what went wrong, without the traceback that would keep the failed call's memory."""
+        streams = [row.generator.get_state() for row in rows]
         try:
             self._denoise(rows)
         except Exception as error:  # noqa: BLE001  (one bad row must not take the batch with it)
+            for row, stream in zip(rows, streams, strict=True):  # the next try draws the same noise
+                row.generator.set_state(stream)
             return error.with_traceback(None)
         return None
 
     def _denoise(self, rows: list[Row]) -> None:
         """One UNet call over the rows, each at its own noise level; then each row's sampler moves it on."""
-        device = self._model.device
+        stage = rows[0].leg.stage
+        denoiser, device = self._stages[stage], self._model.device
         call = network_call(rows)
         x = torch.stack([rows[i].latents for i in call.order])
         sigma = torch.tensor([rows[i].sigma for i in call.order], device=device)
         timesteps = torch.stack([rows[i].timestep for i in call.order]).to(device)
-        with self._adapters.active(self._running[rows[0].request_id].loras):
-            output = self._model.predict(scale_input(x, sigma), timesteps, call.tokens, call.pooled, call.time_ids)
+        scaled = scale_input(x, sigma)
+        if denoiser.inpaints:
+            beside = [row.beside for i in call.order if (row := rows[i]).beside is not None]
+            scaled = torch.cat([scaled, torch.stack(beside)], 1)
+        inputs = (scaled, timesteps, call.tokens, call.pooled, call.time_ids)
+        with self._patched(rows[0]), self._measured(rows[0], len(call.order)):
+            if rows[0].shallow:
+                output = denoiser.predict_shallow(*inputs, features_of(call, rows))
+            elif rows[0].request.reuse_features > 1:
+                output, features = denoiser.predict_keeping(*inputs)
+                keep_features(call, rows, features)
+            else:
+                output = denoiser.predict(*inputs)
         ordered, prediction = combine(call, rows, output)
         first = call.guided  # the negative half is spent
-        clean = denoise(x[first:], prediction, sigma[first:], self._schedule.prediction_type)
+        clean = denoise(x[first:], prediction, sigma[first:], self._schedules[stage].prediction_type)
         moves = [row.moved(denoised) for row, denoised in zip(ordered, clean, strict=True)]
-        for row, (latents, memory) in zip(ordered, moves, strict=True):  # all or none: a failed call is tried again
-            row.latents, row.memory = latents, memory
-            row.calls += 1
+        for row, denoised, move in zip(ordered, clean, moves, strict=True):  # all or none: a failed call is tried again
+            row.denoised = denoised
+            row.advance(*move)
+
+    def _patched(self, row: Row) -> AbstractContextManager[None]:
+        """The LoRAs of a base call; the refiner has none."""
+        if row.leg.stage == "base":
+            return self._adapters.active(self._running[row.request_id].loras)
+        return nullcontext()
+
+    @contextmanager
+    def _measured(self, row: Row, network_rows: int) -> Iterator[None]:
+        """Learn what memory a network call takes."""
+        with self._gauge.measure() as peak:
+            yield
+        self._limits.learn(self._size(row), network_rows, peak.bytes)
+
+    def _preview(self, row: Row) -> list[Event]:
+        """Show roughly what a row is becoming, where its request asked for it."""
+        every = self._running[row.request_id].preview_every
+        if not every or row.denoised is None or row.calls % every:
+            return []
+        picture = Image.fromarray(self._model.vae.preview(row.denoised).numpy())
+        return [Preview(row.request_id, row.index, row.calls, picture)]
 
     def _deliver(self, row: Row) -> list[Event]:
-        """Decode a row that reached noise level 0."""
+        """Decode a row that reached noise level 0, and put back what it was to keep."""
         flight = self._running[row.request_id]
         try:
-            picture = Image.fromarray(self._model.decode(row.latents).numpy())
+            pixels = self._model.vae.decode(row.latents).numpy()
+            picture = Image.fromarray(pixels if flight.start is None else flight.start.finish(pixels))
         except Exception as error:  # noqa: BLE001  (the other requests go on)
             self._forget(row.request_id)
             return [Failed(row.request_id, error)]
@@ -243,6 +308,14 @@ class Engine:
         for row_id in flight.rows:
             self._rows.pop(row_id, None)
         return True
+
+
+def _tiles(when: Tiling, gauge: MemoryGauge, pixels: int, dtype: torch.dtype) -> bool:
+    """Whether the VAE does a picture of so many pixels in tiles: by order, or where it would not fit whole."""
+    if when == "auto":
+        free = gauge.free()
+        return free is not None and not fits(pixels, dtype, free)
+    return when == "on"
 
 
 def _apart(events: list[Event], request_id: str) -> tuple[list[Event], list[Event]]:

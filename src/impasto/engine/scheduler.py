@@ -50,6 +50,10 @@ class Scheduler:
             raise ValueError(f"row {row_id}: already here, or nothing left to do")
         self._tickets[row_id] = Ticket(row_id, bucket, remaining)
 
+    def move(self, row_id: int, bucket: Hashable) -> None:
+        """Put a row that is still here into another bucket: its next call is of another kind."""
+        self._tickets[row_id].bucket = bucket
+
     def discard(self, rows: Iterable[int]) -> None:
         """Forget rows that were cancelled or failed; unknown ids are fine."""
         for row_id in rows:

@@ -6,7 +6,7 @@ no network; which levels a sampler visits is in ``trajectories.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -36,7 +36,7 @@ class NoiseSchedule:
     steps_offset: int = 1
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
-    set_alpha_to_one: bool = True  # whether DDIM and PNDM end at no noise at all, or at the first training level
+    set_alpha_to_one: bool | None = None  # whether DDIM and PNDM end at no noise at all; None: each its own way
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -84,12 +84,18 @@ class Trajectory:
         sigmas: Noise level before each call and after the last, ``calls + 1`` of them.
         initial_scale: Standard deviation of the starting latents.
         inner: For samplers that jump past the next level and come back: where to, for each call.
+        starts: The first call of each step; a step may take several. One call a step if not given.
     """
 
     timesteps: Tensor
     sigmas: tuple[float, ...]
     initial_scale: float
     inner: tuple[float, ...] = ()
+    starts: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.starts:
+            object.__setattr__(self, "starts", range(len(self.timesteps)))
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -7,6 +7,7 @@ Knows schedules and step counts. Knows no latents. Each function names the refer
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,20 +40,21 @@ def twice(schedule: NoiseSchedule, steps: int) -> Trajectory:
     first, rest = once.timesteps[:1], once.timesteps[1:].repeat_interleave(2)
     start, *inside, end = once.sigmas
     levels = (start, *(sigma for sigma in inside for _ in range(2)), end)
-    return Trajectory(torch.cat([first, rest]), levels, once.initial_scale)
+    return Trajectory(torch.cat([first, rest]), levels, once.initial_scale, starts=range(0, 2 * steps, 2))
 
 
 def ddim(schedule: NoiseSchedule, steps: int) -> Trajectory:
     """DDIM: the same timesteps as whole numbers, ending where the model's configuration says."""
     timesteps = _whole(schedule, steps)
-    return _trajectory(timesteps, [*_at(schedule, timesteps), _end(schedule)])
+    return _trajectory(timesteps, [*_at(schedule, timesteps), _end(schedule, to_zero=True)])
 
 
 def plms(schedule: NoiseSchedule, steps: int) -> Trajectory:
     """PNDM without Runge-Kutta warm-up: DDIM's timesteps, the second one twice."""
     timesteps = _whole(schedule, steps)
     timesteps = np.concatenate([timesteps[:1], timesteps[1:2], timesteps[1:]])
-    return _trajectory(timesteps, [*_at(schedule, timesteps), _end(schedule)])
+    starts = (0, *range(2, len(timesteps)))
+    return replace(_trajectory(timesteps, [*_at(schedule, timesteps), _end(schedule, to_zero=False)]), starts=starts)
 
 
 def midpoints(schedule: NoiseSchedule, steps: int, *, karras: bool = False) -> Trajectory:
@@ -107,8 +109,10 @@ def _at(schedule: NoiseSchedule, timesteps: Levels) -> Levels:
     return np.interp(timesteps, np.arange(len(training)), training)
 
 
-def _end(schedule: NoiseSchedule) -> float:
-    return 0.0 if schedule.set_alpha_to_one else float(schedule.training_sigmas()[0])
+def _end(schedule: NoiseSchedule, *, to_zero: bool) -> float:
+    """No noise, or the first training level: as the schedule says, else ``to_zero``."""
+    wanted = to_zero if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
+    return 0.0 if wanted else float(schedule.training_sigmas()[0])
 
 
 def _spaced(schedule: NoiseSchedule, steps: int) -> Levels:

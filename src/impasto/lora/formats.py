@@ -66,7 +66,8 @@ def _tensors(path: Path, field: str) -> dict[str, Tensor]:
         raise LoraError(field, f"is larger than {MAX_FILE_BYTES >> 30} GiB, so it is no LoRA")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            # Cloned, because a tensor is a view of the file's pages, and the file may be overwritten while we keep it.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise LoraError(field, f"is not a safetensors file ({error})") from None
 

@@ -59,7 +59,7 @@ def singlestep(moment: Moment, *, stochastic: bool) -> tuple[Tensor, Memory]:
 
     The memory is the start of the pair: its latents, prediction and noise level. Source: algorithm 1.
     """
-    jumps_over = moment.memory and not moment.last
+    jumps_over = moment.memory and moment.call % 2 == 1 and not moment.last  # pairs count from the schedule's top
     if not jumps_over:
         jump = Jump.between(moment.sigma, moment.sigma_next, stochastic)
         moved = jump.apply(moment.x, moment.denoised, moment, stochastic)

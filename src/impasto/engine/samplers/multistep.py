@@ -47,7 +47,7 @@ def plms(moment: Moment) -> tuple[Tensor, Memory]:
     change = moment.sigma_next - moment.sigma
     if moment.call == 0:
         return moment.x + moment.slope * change, ((moment.x, moment.sigma), (moment.slope,))
-    start, slopes = moment.memory
+    start, slopes = moment.memory or (None, ())  # nothing yet, where a start picture skips the first steps
     if moment.call == 1:
         x, sigma = start
         mean = (moment.slope + slopes[0]) / 2
