@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 # Prefix in the file -> network.
 FLAT_PREFIXES = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
@@ -34,10 +35,11 @@ _PER_LEVEL = 3  # original blocks a level: two layers and one resampler, SDXL's 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module of the model: which network, and its dotted name in it."""
+    """A parameter of the model: which network, its module's dotted name in it, and which parameter of the module."""
 
     network: str
     module: str
+    parameter: Literal["weight", "bias"] = "weight"
 
 
 class TargetNames:
