@@ -25,6 +25,7 @@ from impasto.types import Failed, GenerationRequest, ImageReady
 from tests.parity.test_samplers import reference_class
 
 RELATIVE = 1e-3  # largest difference of final latents, of the largest latent
+TIGHT = 1e-5  # the same for the random model, which what steers it moves little: a wrong size id must show
 FRACTION = 0.8  # of the noise schedule that is the base's
 SECOND_PASS = 0.3  # strength
 

@@ -1,4 +1,4 @@
-"""Every mode with every sampler ends at diffusers' latents: 1e-3 relative, float32.
+"""Every mode with every sampler ends at diffusers' latents: 1e-3 relative at most (1e-5 here), float32.
 
 The random model runs the whole matrix at 64 px; the trained one, at its own size, shows that nothing hides in the
 small. ``docs/parity.md`` has the figures: ``python -m tests.parity.table`` makes it.
@@ -9,7 +9,7 @@ import pytest
 from impasto.engine.engine import Engine
 from impasto.engine.samplers import SAMPLERS
 from impasto.models.catalog import BUILTIN_FOLDER
-from tests.parity.modes import DIFFERENT, MODES, RELATIVE, Models, asked, difference, our_latents, their_latents
+from tests.parity.modes import DIFFERENT, MODES, RELATIVE, TIGHT, Models, asked, difference, our_latents, their_latents
 from tests.random_sdxl import save_random_inpaint, save_random_refiner, save_random_sdxl
 
 SMALL = {"width": 64, "height": 64}
@@ -41,12 +41,12 @@ def trained() -> Engine:
     return Engine.load("builtin", device="cpu", dtype="float32")
 
 
-def assert_equal(engine: Engine, models: Models, mode: str, **values) -> None:
+def assert_equal(engine: Engine, models: Models, mode: str, bound: float = TIGHT, **values) -> None:
     """Compare every image of a request with diffusers'."""
     request = asked(mode, **values)
     ours, theirs = our_latents(engine, request), their_latents(models, mode, request)
     for a, b in zip(ours, theirs, strict=True):
-        assert difference(a, b) <= RELATIVE
+        assert difference(a, b) <= bound
 
 
 def engine_of(engines: dict[str, Engine], mode: str) -> Engine:
@@ -102,7 +102,7 @@ def test_negative_prompts_reach_the_refiner(engines, models, mode, negative):
 def test_the_trained_model_at_its_own_size(trained, mode, sampler):
     """The same at 512 px with the model we ship."""
     models = Models(BUILTIN_FOLDER)
-    assert_equal(trained, models, mode, width=512, height=512, scheduler=sampler, num_inference_steps=4)
+    assert_equal(trained, models, mode, RELATIVE, width=512, height=512, scheduler=sampler, num_inference_steps=4)
 
 
 def test_the_comparison_can_fail(engines, models):
@@ -116,4 +116,4 @@ def test_the_comparison_can_fail(engines, models):
     ):
         [ours] = our_latents(engines["base"], asked(mode, **same, **change))
         [theirs] = their_latents(models, mode, asked(mode, **same))
-        assert difference(ours, theirs) > RELATIVE, mode
+        assert difference(ours, theirs) > TIGHT, mode

@@ -123,7 +123,11 @@ def test_rows_really_share_calls(folders, monkeypatch):
 
         monkeypatch.setattr(denoiser.unet, "forward", count)
 
-    pictures(engine, requests(), together=True)
+    small = {"width": 64, "height": 64}
+    modes = ["ensemble", "second pass", "image-to-image", "text-to-image"]
+    pictures(
+        engine, [asked(mode, **small, num_inference_steps=9, seed=i) for i, mode in enumerate(2 * modes)], together=True
+    )
 
     assert max(sizes["base"]) > 4
     assert max(sizes["refiner"]) > 2

@@ -1,5 +1,6 @@
 """The engine's promises beyond plain text-to-image: pictures kept, previews, refiner, memory, approximations."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from impasto.engine.accel import Accel
 from impasto.engine.engine import Engine
+from impasto.engine.memory import Peak
 from impasto.errors import InvalidInput, ModelError
 from impasto.types import Failed, Finished, GenerationRequest, ImageReady, Preview, Progress
 from tests.random_sdxl import save_random_refiner, save_random_sdxl
@@ -173,13 +175,17 @@ def test_a_failed_shared_call_changes_no_picture(folders, scheduler, monkeypatch
 
 
 class Gauge:
-    """Says that so many bytes are free."""
+    """Says that so many bytes are free, and that every call took a thousand."""
 
     def __init__(self, free: int) -> None:
         self.left = free
 
     def free(self) -> int:
         return self.left
+
+    @contextmanager
+    def measure(self):
+        yield Peak(1000)
 
 
 def rows_of_calls(engine: Engine, monkeypatch) -> list[int]:
@@ -200,10 +206,14 @@ def test_a_call_has_no_more_rows_than_memory_has_room_for(engine, monkeypatch):
     sizes = rows_of_calls(engine, monkeypatch)
     list(engine.generate(request(num_images=4, num_inference_steps=2)))
     assert sizes == [2, 6, 8], "one image is measured, the others follow in the same step"
-    engine._limits._gauge = Gauge(free=1)
+    engine._gauge = engine._limits._gauge = Gauge(free=1)
     sizes.clear()
-    list(engine.generate(request(num_images=4, num_inference_steps=2)))
+    list(engine.generate(request(num_images=4, num_inference_steps=2, height=72)))
     assert sizes == [2] * 8
+    engine._gauge.left = 3000  # at 500 bytes a network row and a tenth to spare: five rows, two guided images
+    sizes.clear()
+    list(engine.generate(request(num_images=4, num_inference_steps=2, height=72)))
+    assert sizes == [4, 4, 8], "four rows took 1000 bytes too, so eight fit by then"
 
 
 def test_out_of_memory_is_tried_again_in_smaller_calls(engine, monkeypatch):
