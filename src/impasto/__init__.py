@@ -16,14 +16,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from impasto.errors import ImpastoError, InvalidInput, LoraError, ModelError
-from impasto.types import LIMITS, Failed, Finished, GenerationRequest, ImageReady, LoraRef, Progress
+from impasto.types import (
+    LIMITS,
+    EmbeddingRef,
+    Failed,
+    Finished,
+    GenerationRequest,
+    ImageReady,
+    LoraRef,
+    Preview,
+    Progress,
+)
 
 if TYPE_CHECKING:
+    from impasto.engine.accel import Accel
     from impasto.engine.engine import Engine
 
 __version__ = version("impasto")
 __all__ = [
     "LIMITS",
+    "Accel",
+    "EmbeddingRef",
     "Engine",
     "Failed",
     "Finished",
@@ -34,15 +47,20 @@ __all__ = [
     "LoraError",
     "LoraRef",
     "ModelError",
+    "Preview",
     "Progress",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Load ``Engine`` (and with it torch) at its first use (PEP 562)."""
+    """Load ``Engine`` or ``Accel`` (and with them torch) at their first use (PEP 562)."""
     if name == "Engine":
         from impasto.engine.engine import Engine
 
         return Engine
+    if name == "Accel":
+        from impasto.engine.accel import Accel
+
+        return Accel
     raise AttributeError(f"module 'impasto' has no attribute {name!r}")

@@ -25,7 +25,8 @@ CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
 DEFAULT_CONFIG = Path("impasto.toml")
 GENERATE_TABLE = "generate"  # TOML table of ``impasto generate``; the service's settings stand at the top level
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_FORMAT = "(auto|float32|bfloat16|float16)"
+DTYPES = rf"^{_FORMAT}?(,?(unet|vae|text)={_FORMAT})*$"
 
 
 class _Layered(BaseSettings):
@@ -38,8 +39,12 @@ class _Layered(BaseSettings):
         "builtin",
         description="'builtin', a diffusers folder, a .safetensors checkpoint, a hub id, or 'fake' (test pattern).",
     )
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
-    dtype: Dtype = Field("auto", description="Number format; auto is float32 on a CPU and float16 on a GPU.")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; 'cuda,text=cpu' for parts.")
+    dtype: str = Field(
+        "auto",
+        pattern=DTYPES,
+        description="float32, bfloat16, float16; 'bfloat16,vae=float32' for parts; auto is float32 on a CPU, else float16.",
+    )
     max_batch: int = Field(4, ge=1, le=64, description="Images that share one network call.")
     refiner: str | None = Field(None, description="A refiner model, named like 'model'. Unset: requests cannot refine.")
     accel: str = Field("", description="Faster ways to run, such as compile,channels_last,offload=encoders.")

@@ -9,9 +9,11 @@ from impasto.engine.accel import choose_device, choose_dtype
 from impasto.engine.conditioning import Embedding, PromptCache, size_ids
 from impasto.engine.engine import Engine
 from impasto.engine.latents import latent_shape, noise, seeded
+from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.sigmas import NoiseSchedule
 from impasto.errors import ConfigError, InvalidInput, LoraError, ModelError
+from impasto.models.networks import Dtypes
 from impasto.models.text import Prompt
 from impasto.types import Failed, Finished, GenerationRequest, ImageReady, LoraRef, Progress
 from tests.random_sdxl import save_random_sdxl
@@ -252,6 +254,24 @@ def test_devices_and_dtypes_are_chosen_by_name():
         choose_device("quantum")
     with pytest.raises(ConfigError, match="int4"):
         choose_dtype("int4", torch.device("cpu"))
+
+
+def test_each_part_may_have_its_own_device_and_format():
+    """A VAE in float32 beside a half-precision UNet, text encoders on the CPU beside a GPU."""
+    devices = choose_devices("cpu,text=cpu")
+    assert choose_dtypes("bfloat16,vae=float32", devices) == Dtypes(torch.bfloat16, torch.float32, torch.bfloat16)
+    assert choose_dtypes("auto,text=float16", devices) == Dtypes(torch.float32, torch.float32, torch.float16)
+    assert choose_dtypes("vae=bfloat16", devices).vae is torch.bfloat16
+    for wrong in ("bfloat16,float32", "bfloat16,head=float32", "float32,vae="):
+        with pytest.raises(ConfigError, match="dtype"):
+            choose_dtypes(wrong, devices)
+
+
+def test_a_mixture_of_formats_draws_nearly_the_same(model_folder, engine):
+    """The parts hand float32 to each other."""
+    mixed = Engine.load(str(model_folder), device="cpu", dtype="float32,text=bfloat16,vae=bfloat16")
+    [a], [b] = pictures(engine.generate(request())), pictures(mixed.generate(request()))
+    assert np.abs(a - b).mean() < 8
 
 
 def drop_a_tensor(file):

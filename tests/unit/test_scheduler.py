@@ -112,6 +112,11 @@ class Waiting(RuleBasedStateMachine):
                 del self.left[row_id]
 
     @precondition(lambda self: self.left)
+    @rule(data=st.data(), bucket=st.sampled_from("abcd"))
+    def change_stage(self, data, bucket):
+        self.scheduler.move(data.draw(st.sampled_from(sorted(self.left))), bucket)
+
+    @precondition(lambda self: self.left)
     @rule(data=st.data())
     def cancel(self, data):
         row_id = data.draw(st.sampled_from(sorted(self.left)))

@@ -168,9 +168,14 @@ class Scene:
         masked = None
         if model.base.inpaints:
             seen = blank if mask is None else pixels * (mask < KEPT_BELOW)
-            masked = Posterior(*model.vae.encode(seen))
+            masked = _posterior(model, seen)
         return cls(
-            picture=None if start is None else Posterior(*model.vae.encode(pixels)),
+            picture=None if start is None else _posterior(model, pixels),
             masked=masked,
             mask=None if mask is None else cell_mask(mask).to(model.device),
         )
+
+
+def _posterior(model: Sdxl, pixels: Tensor) -> Posterior:
+    mean, std = model.vae.encode(pixels)
+    return Posterior(mean.to(model.device), std.to(model.device))

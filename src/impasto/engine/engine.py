@@ -21,11 +21,12 @@ from functools import partial
 import torch
 from PIL import Image
 
-from impasto.engine.accel import Accel, Tiling, accelerate, choose_device, choose_dtype
+from impasto.engine.accel import Accel, Tiling, accelerate
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
 from impasto.engine.legs import Stage
 from impasto.engine.memory import BatchLimits, MemoryGauge
+from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers.moment import denoise, scale_input
 from impasto.engine.scheduler import Scheduler
 from impasto.engine.sigmas import NoiseSchedule
@@ -33,7 +34,6 @@ from impasto.lora.apply import Adapters
 from impasto.models.catalog import find_model
 from impasto.models.denoiser import Denoiser
 from impasto.models.hub import fetch_model
-from impasto.models.networks import Dtypes
 from impasto.models.sdxl import Sdxl
 from impasto.models.tiling import fits
 from impasto.types import Event, Failed, Finished, GenerationRequest, ImageReady, Preview, Progress
@@ -84,8 +84,8 @@ class Engine:
         Args:
             model: A base or inpainting model.
             refiner: A refiner for requests that ask for one; it shares the base's second text encoder and VAE.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-            dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; ``cuda,text=cpu`` puts a part elsewhere.
+            dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``bfloat16,vae=float32`` excepts a part.
             max_batch: Most images that share one UNet call.
             accel: What makes it faster or smaller; nothing by default.
 
@@ -93,20 +93,20 @@ class Engine:
             ModelError: Not an SDXL model, or it cannot be read.
             ConfigError: No such device or dtype here.
         """
-        at = choose_device(device)
-        dtypes = Dtypes.all(choose_dtype(dtype, at))
+        devices = choose_devices(device)
+        dtypes = choose_dtypes(dtype, devices)
         accel = accel or Accel()
         fetch = partial(fetch_model, full=dtypes.unet == torch.float32)
         loaded = Sdxl.load(
             find_model(model, fetch),
-            at,
+            devices,
             dtypes,
             refiner=None if refiner is None else find_model(refiner, fetch),
             offload=accel.offload,
-            tiles=partial(_tiles, accel.vae_tiling, MemoryGauge(at)),
+            tiles=partial(_tiles, accel.vae_tiling, MemoryGauge(devices.vae)),
         )
         for denoiser in filter(None, (loaded.base, loaded.refiner)):
-            accelerate(denoiser.unet, accel, at)
+            accelerate(denoiser.unet, accel, devices.unet)
         return cls(loaded, max_batch)
 
     @property

@@ -50,6 +50,20 @@ class Dtypes:
         return cls(dtype, dtype, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Where each part runs; the latents live where the UNet is."""
+
+    unet: torch.device
+    vae: torch.device
+    text: torch.device
+
+    @classmethod
+    def all(cls, device: torch.device) -> Devices:
+        """Run everything in one place."""
+        return cls(device, device, device)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Networks:
     """What a source holds, on the CPU, ready to run; parts not asked for are ``None`` or empty.

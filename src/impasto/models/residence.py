@@ -5,7 +5,7 @@ Knows modules and devices. Knows nothing of what the networks do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, Literal
 
@@ -23,20 +23,20 @@ class Residence:
     """Brings networks to the device for as long as they are needed.
 
     Args:
-        device: Where networks run.
+        devices: Where each role's networks run.
         offload: ``none`` keeps all there; ``encoders`` brings the text encoders for each new prompt and sends them
             back; ``all`` keeps one network there at a time, so that the largest alone must fit.
     """
 
-    def __init__(self, device: torch.device, offload: Offload = "none") -> None:
-        self._device = device
+    def __init__(self, devices: Mapping[Role, torch.device], offload: Offload = "none") -> None:
+        self._devices = devices
         self._roles = ROAMING[offload]
         self._here: tuple[nn.Module, ...] = ()  # of those that come and go
 
     def settle(self, role: Role, *networks: nn.Module) -> None:
         """Put networks where they stay while nobody uses them."""
         for network in networks:
-            network.to(HOME if role in self._roles else self._device)
+            network.to(HOME if role in self._roles else self._devices[role])
 
     @contextmanager
     def using(self, role: Role, *networks: nn.Module) -> Iterator[None]:
@@ -48,7 +48,7 @@ class Residence:
             self.clear()
             self._here = networks
             for network in networks:
-                network.to(self._device)
+                network.to(self._devices[role])
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from impasto.errors import ModelError
 from impasto.models.catalog import ModelSource, check_roles
 from impasto.models.denoiser import Denoiser
-from impasto.models.networks import Dtypes, Networks, load_networks
+from impasto.models.networks import Devices, Dtypes, Networks, load_networks
 from impasto.models.residence import Offload, Residence
 from impasto.models.text import Prompt, TextEncoders
 from impasto.models.vae import Tiles, Vae
@@ -23,7 +23,7 @@ from impasto.models.vae import Tiles, Vae
 
 @dataclass(slots=True, eq=False)
 class Sdxl:
-    """The component set of an SDXL model, on one device."""
+    """The component set of an SDXL model."""
 
     base: Denoiser
     refiner: Denoiser | None
@@ -31,13 +31,13 @@ class Sdxl:
     encoders: tuple[Any, ...]
     text: TextEncoders
     residence: Residence
-    device: torch.device
+    devices: Devices
 
     @classmethod
     def load(
         cls,
         source: ModelSource,
-        device: torch.device,
+        devices: Devices,
         dtypes: Dtypes,
         *,
         refiner: ModelSource | None = None,
@@ -48,7 +48,7 @@ class Sdxl:
 
         Args:
             source: The base.
-            device: Where the networks run.
+            devices: Where they run.
             dtypes: Their number formats.
             refiner: The refiner, if any; it must read what the base's second encoder gives.
             offload: Which networks wait on the CPU while others work.
@@ -58,28 +58,33 @@ class Sdxl:
             ModelError: A part is missing, cut short or of another kind; the message names the part.
         """
         check_roles(source, refiner)
-        residence = Residence(device, offload)
+        residence = Residence({"unet": devices.unet, "vae": devices.vae, "text": devices.text}, offload)
         found = load_networks(source, dtypes)
         residence.settle("text", *found.text_encoders)
         residence.settle("vae", found.vae)
-        make = partial(_denoiser, residence, device, dtypes)
+        make = partial(_denoiser, residence, devices, dtypes)
         model = cls(
             base=make(found),
             refiner=None if refiner is None else make(load_networks(refiner, dtypes, parts=("unet",))),
-            vae=Vae(found.vae, device, residence, tiles),
+            vae=Vae(found.vae, devices.vae, residence, tiles),
             encoders=found.text_encoders,
             text=TextEncoders(found.text_encoders, found.tokenizers),
             residence=residence,
-            device=device,
+            devices=devices,
         )
         if refiner is not None and model.refiner is not None:
             _check_refiner(model.refiner, refiner, model.text)
         return model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the latents live."""
+        return self.devices.unet
+
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Embed one prompt: tokens ``[77 * windows, D]`` of both encoders side by side, and pooled ``[P]``."""
         with self.residence.using("text", *self.encoders):
-            return self.text.encode(prompt, self.device)
+            return self.text.encode(prompt, self.devices.text)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that a LoRA may change, by diffusers' names."""
@@ -87,14 +92,14 @@ class Sdxl:
         return {"unet": self.base.unet, "text_encoder": first, "text_encoder_2": second}
 
 
-def _denoiser(residence: Residence, device: torch.device, dtypes: Dtypes, found: Networks) -> Denoiser:
+def _denoiser(residence: Residence, devices: Devices, dtypes: Dtypes, found: Networks) -> Denoiser:
     residence.settle("unet", found.unet)
     return Denoiser(
         unet=found.unet,
         scheduler_config=found.scheduler_config,
         zero_absent_negative=found.zero_absent_negative,
         scores=found.aesthetic,
-        device=device,
+        device=devices.unet,
         dtype=dtypes.unet,
         residence=residence,
     )
