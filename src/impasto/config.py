@@ -43,7 +43,7 @@ class _Layered(BaseSettings):
     dtype: str = Field(
         "auto",
         pattern=DTYPES,
-        description="float32, bfloat16, float16; 'bfloat16,vae=float32' for parts; auto is float32 on a CPU, else float16.",
+        description="float32, bfloat16, float16; 'bfloat16,vae=float32' for parts; auto: float32 on CPU, else float16.",
     )
     max_batch: int = Field(4, ge=1, le=64, description="Images that share one network call.")
     refiner: str | None = Field(None, description="A refiner model, named like 'model'. Unset: requests cannot refine.")
