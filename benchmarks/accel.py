@@ -19,18 +19,17 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from impasto.engine.accel import Accel, accelerate, choose_device, choose_dtype
+from impasto.engine.accel import Accel
 from impasto.engine.engine import Engine
-from impasto.models.catalog import find_model
-from impasto.models.networks import Dtypes
-from impasto.models.sdxl import Sdxl
 from impasto.types import GenerationRequest, ImageReady
 
 RESULT = Path(__file__).parent / "results" / "accel.json"
@@ -73,28 +72,28 @@ class Drawn:
 
 
 class Studio:
-    """An engine for one set of switches, which also shows the final latents."""
+    """An engine for one set of switches, which also shows the final latents.
+
+    They are noted on their way into diffusers' VAE: an engine gives pictures alone.
+    """
 
     def __init__(self, options: argparse.Namespace, accel: Accel) -> None:
-        device = choose_device(options.device)
-        model = Sdxl.load(find_model(options.model), device, Dtypes.all(choose_dtype(options.dtype, device)))
-        accelerate(model.base.unet, accel, device)
-        self._latents: list[torch.Tensor] = []
-        self._decode = model.vae.network.decode
-        model.vae.network.decode = self._watched
-        self._engine = Engine(model)
+        self._engine = Engine.load(options.model, device=options.device, dtype=options.dtype, accel=accel)
 
     def draw(self, request: GenerationRequest) -> Drawn:
         """Make the one picture of a request."""
-        self._latents.clear()
-        start = time.perf_counter()
-        (ready,) = (event for event in self._engine.generate(request) if isinstance(event, ImageReady))
-        seconds = time.perf_counter() - start
-        return Drawn(np.asarray(ready.image, dtype=np.float64), self._latents[0], seconds)
+        seen: list[torch.Tensor] = []
+        decode = AutoencoderKL.decode
 
-    def _watched(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._latents.append(latents.detach().float().cpu().clone())
-        return self._decode(latents, *args, **kwargs)
+        def noting(vae: AutoencoderKL, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(latents.float().cpu())
+            return decode(vae, latents, *args, **kwargs)
+
+        with patch.object(AutoencoderKL, "decode", noting):
+            start = time.perf_counter()
+            (ready,) = (event for event in self._engine.generate(request) if isinstance(event, ImageReady))
+            seconds = time.perf_counter() - start
+        return Drawn(np.asarray(ready.image, dtype=np.float64), seen[0], seconds)
 
 
 def main() -> None:
