@@ -20,7 +20,7 @@ serve: $(READY)  ## Start the service on http://127.0.0.1:8000 (Ctrl-C stops it)
 	@$(BIN)/impasto serve
 
 test: $(READY)  ## Run every test.
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)  ## Check style, types and import rules.
 	@$(BIN)/ruff check .

@@ -35,7 +35,7 @@ DIFFERENT = {  # (sampler, mode) where diffusers is not to be followed, with why
     **{
         (sampler, mode): NO_HISTORY
         for sampler in ("lms", "lms_karras", "pndm")
-        for mode in ("image-to-image", "inpainting", "inpainting, 9 channels", "ensemble", "second pass")
+        for mode in ("image-to-image", "inpainting", "ensemble", "second pass")
     },
     ("heun", "ensemble"): CUT_STEP,
 }
