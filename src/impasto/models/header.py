@@ -1,43 +1,21 @@
-"""The header of a safetensors file: names, dtypes and shapes of its tensors, read without loading any.
+"""The header of a checkpoint: names, dtypes and shapes of its tensors, read without loading any.
 
-Knows the file format, and what else is often saved under its name. Knows no models and imports no torch.
+Knows what a checkpoint's header must be. Knows no models and imports no torch; the format's words, and what else is
+saved under its name, are in ``tensorfile``.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from impasto.errors import ModelError
+from impasto.tensorfile import LENGTH, PROBE, TensorInfo, named
 
 SUFFIXES = (".safetensors", ".sft")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_LENGTH = struct.Struct("<Q")
-_PROBE = 512  # bytes that tell what a file is instead
-
-# First bytes of what is not safetensors, and the words for it.
-_OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git-LFS pointer, not the file it stands for; fetch the file itself (git lfs pull)"),
-    (b"<!doctype html", "an HTML page; the download needs the file's own link, or a login"),
-    (b"<html", "an HTML page; the download needs the file's own link, or a login"),
-    (b"{", "JSON text, such as an error that a server answered; fetch the file again"),
-    (b"pk\x03\x04", "a pickle in a zip (PyTorch's format), which could run anything; convert it to safetensors"),
-    (b"\x80", "a pickle, which could run anything; convert it to safetensors"),
-    (b"gguf", "a GGUF file; give a .safetensors file"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the header says of a tensor: dtype in the format's words (``BF16``) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
 
 Header = dict[str, TensorInfo]
 
@@ -63,23 +41,18 @@ def read_header(path: Path, name: str) -> Header:
 
 
 def _checked(file: BinaryIO, size: int, name: str) -> Header:
-    start = file.read(_PROBE)
+    start = file.read(PROBE)
     if not start:
         raise ModelError(f"model {name!r} is an empty file; fetch it again")
-    length = _LENGTH.unpack(start[:8])[0] if len(start) >= _LENGTH.size else 0
+    length = LENGTH.unpack(start[:8])[0] if len(start) >= LENGTH.size else 0
     if start[8:9] != b"{" or length > MAX_HEADER:
-        raise ModelError(f"model {name!r} is {_named(start)}")
-    file.seek(_LENGTH.size)
-    entries = _entries(file.read(length), name) if _LENGTH.size + length <= size else {}
-    end = _LENGTH.size + length + max(_ends(entries, name), default=0)
+        raise ModelError(f"model {name!r} is {named(start)}")
+    file.seek(LENGTH.size)
+    entries = _entries(file.read(length), name) if LENGTH.size + length <= size else {}
+    end = LENGTH.size + length + max(_ends(entries, name), default=0)
     if size < end:
         raise ModelError(f"model {name!r} is cut short: {size} of at least {end} bytes are there; fetch it again")
     return {key: TensorInfo(entry["dtype"], tuple(entry["shape"])) for key, entry in entries.items()}
-
-
-def _named(start: bytes) -> str:
-    text = start.lstrip().lower()
-    return next((kind for magic, kind in _OTHERS if text.startswith(magic)), "not a safetensors file; fetch it again")
 
 
 def _entries(raw: bytes, name: str) -> dict[str, dict[str, Any]]:
