@@ -90,14 +90,16 @@ LIMITS: Final = Limits()
 
 @dataclass(frozen=True, slots=True)
 class LoraRef:
-    """A LoRA as the user named it, and how strongly to apply it."""
+    """A LoRA as the user named it, and how strongly to apply it; ``text_scale`` is for the text encoders, if other."""
 
     path: str
     scale: float = 1.0
+    text_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise InvalidInput("loras", f"have the scale {self.scale} for {self.path[:100]!r}; give a finite number")
+        for scale in (self.scale, self.text_scale):
+            if scale is not None and not math.isfinite(scale):
+                raise InvalidInput("loras", f"have the scale {scale} for {self.path[:100]!r}; give a finite number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +295,7 @@ class Finished:
 
     request_id: str
     seconds: float  # wall time from the first denoising step to the last picture
+    reports: tuple[Any, ...] = ()  # a ``lora.report.LoraReport`` for each LoRA, which this file may not import
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from impasto.engine.pictures import OPAQUE, Start
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.sigmas import NoiseSchedule
 from impasto.errors import InvalidInput
-from impasto.lora.apply import Adapters, LoraSet
+from impasto.lora.apply import TEXT_NETWORKS, Adapters, LoraSet
+from impasto.lora.report import LoraReport
 from impasto.models.inversion import resolve_embeddings
 from impasto.models.sdxl import Sdxl
 from impasto.models.text import Prompt
@@ -59,10 +60,16 @@ class Admission:
             request = replace(request, seed=secrets.randbelow(int(LIMITS.seed.high) + 1))
         start = Start.of(request)
         loras = self._adapters.resolve(request.loras)
+        reports = tuple(
+            LoraReport.of(contents, asked.path, asked.scale, position)
+            for position, (asked, contents) in enumerate(zip(request.loras, self._adapters.report(loras), strict=True))
+        )
         legs = plan_legs(request, SAMPLERS[request.scheduler], self._schedules)
-        flight = InFlight(request, loras, start, steps=sum(leg.steps for leg in legs), preview_every=preview_every)
-        with self._adapters.active(loras):
-            conditioning = self._conditioning(request, loras)
+        flight = InFlight(
+            request, loras, reports, start, steps=sum(leg.steps for leg in legs), preview_every=preview_every
+        )
+        with self._adapters.active(loras, *TEXT_NETWORKS):
+            conditioning = self._conditioning(request, self._adapters.touching(loras, *TEXT_NETWORKS))
         scene = Scene.of(self._model, start, (request.width, request.height))
         for index in range(request.num_images):
             flight.rows[next(self._row_ids)] = self._row(request_id, request, index, legs, conditioning, scene)

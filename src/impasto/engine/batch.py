@@ -19,6 +19,7 @@ from impasto.engine.pictures import Start
 from impasto.engine.samplers import Sampler
 from impasto.engine.samplers.moment import Memory, Moment, guided, rescaled
 from impasto.lora.apply import LoraSet
+from impasto.lora.report import LoraReport
 from impasto.types import GenerationRequest
 
 
@@ -120,6 +121,7 @@ class InFlight:
 
     request: GenerationRequest
     loras: LoraSet
+    reports: tuple[LoraReport, ...]  # what became of each LoRA
     start: Start | None
     steps: int  # that run for each image
     preview_every: int = 0  # steps between previews; 0: none

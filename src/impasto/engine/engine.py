@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
 from impasto.engine.legs import Stage
 from impasto.engine.memory import BatchLimits, MemoryGauge
+from impasto.engine.mixing import SwitchCosts
 from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers.moment import denoise, scale_input
 from impasto.engine.scheduler import Scheduler
@@ -40,6 +41,7 @@ from impasto.types import Event, Failed, Finished, GenerationRequest, ImageReady
 
 DEFAULT_MAX_BATCH = 4  # images sharing one network call
 HALVES = 2  # network rows of a guided image
+PATCHED: dict[Stage, str] = {"base": "unet", "refiner": "refiner"}  # the network, by its name for LoRAs
 
 
 class Engine:
@@ -63,6 +65,7 @@ class Engine:
         self._gauge = MemoryGauge(model.device)
         self._limits = BatchLimits(self._gauge, HALVES * max_batch)  # a guided image is two rows of the network
         self._scheduler = Scheduler(max_batch)
+        self._costs = SwitchCosts()
         self._pending: dict[str, tuple[GenerationRequest, int]] = {}  # with the steps between previews
         self._running: dict[str, InFlight] = {}
         self._rows: dict[int, Row] = {}
@@ -157,6 +160,7 @@ class Engine:
         events, self._undelivered = self._undelivered, []
         for request_id in list(self._pending):
             events += self._admit(request_id, *self._pending.pop(request_id))
+        self._scheduler.patience = self._costs.patience(len({flight.loras for flight in self._running.values()}))
         moving = self._scheduler.next_rows()
         if moving:
             events += self._move(moving)
@@ -179,8 +183,8 @@ class Engine:
         return []
 
     def _bucket(self, row: Row) -> Hashable:
-        """What must agree for rows to share a network call; the refiner is never patched, so it serves all LoRAs."""
-        loras = self._running[row.request_id].loras if row.leg.stage == "base" else ()
+        """What must agree for rows to share a network call; LoRAs that do nothing to the network need not."""
+        loras = self._adapters.touching(self._running[row.request_id].loras, PATCHED[row.leg.stage])
         depth = (row.shallow, row.request.reuse_features > 1)
         return row.leg.stage, tuple(row.latents.shape), depth, len(row.steers.positive.tokens), loras
 
@@ -263,11 +267,17 @@ class Engine:
             row.denoised = denoised
             row.advance(*move)
 
-    def _patched(self, row: Row) -> AbstractContextManager[None]:
-        """The LoRAs of a base call; the refiner has none."""
-        if row.leg.stage == "base":
-            return self._adapters.active(self._running[row.request_id].loras)
-        return nullcontext()
+    @contextmanager
+    def _patched(self, row: Row) -> Iterator[None]:
+        """Have a row's LoRAs on the network of its next call, and learn what putting them there took."""
+        before = self._adapters.last_switch
+        with self._adapters.active(self._running[row.request_id].loras, PATCHED[row.leg.stage]):
+            switch = self._adapters.last_switch
+            if switch is not None and switch is not before:
+                self._costs.learn_switch(switch.seconds)
+            start = time.perf_counter()
+            yield
+            self._costs.learn_step(time.perf_counter() - start)
 
     @contextmanager
     def _measured(self, row: Row, network_rows: int) -> Iterator[None]:
@@ -297,7 +307,7 @@ class Engine:
         flight.delivered += 1
         if flight.delivered == flight.request.num_images:
             self._forget(row.request_id)
-            events.append(Finished(row.request_id, time.perf_counter() - flight.started))
+            events.append(Finished(row.request_id, time.perf_counter() - flight.started, flight.reports))
         return events
 
     def _forget(self, request_id: str) -> bool:

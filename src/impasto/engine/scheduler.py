@@ -38,7 +38,7 @@ class Scheduler:
         if max_batch < 1:
             raise ValueError("max_batch must be at least 1")
         self._max_batch = max_batch
-        self._patience = patience
+        self.patience = patience  # may change between turns; the bound on waiting is of the largest since a row came
         self._tickets: dict[int, Ticket] = {}
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Scheduler:
 
     def _urgency(self, ticket: Ticket) -> tuple[int, int, int]:
         """Sort key, smallest first: the starved by length of wait, then the shortest, then the oldest."""
-        if ticket.waited >= self._patience:
+        if ticket.waited >= self.patience:
             return (0, -ticket.waited, ticket.row_id)
         return (1, ticket.remaining, ticket.row_id)
 

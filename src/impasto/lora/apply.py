@@ -1,27 +1,39 @@
-"""Putting LoRAs onto a model's weights and taking them off again, bit for bit.
+"""Which LoRAs are on a model's networks: sets of files put on, exchanged and taken off, bit for bit.
 
-Knows networks and patches. Knows no requests or steps. A set that is already on costs nothing; another set starts
-from pristine copies, so no error ever accumulates.
+Knows networks, files and strengths. Knows no requests or steps, and no formulas: what a stack of patches makes of a
+weight is ``merge``'s, writing and putting back is ``weights``'.
+
+Each network has a set of its own. One that is on costs nothing; another one is written in one pass, each weight
+straight from the model's own bits, so no error ever accumulates.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from impasto.errors import LoraError
-from impasto.lora.formats import Patches, read_lora
+from impasto.lora.cache import ByteCache, FileState, ParsedFiles
+from impasto.lora.contents import LoraContents
+from impasto.lora.formats import read_lora
 from impasto.lora.keys import Target, TargetNames
-from impasto.lora.patch import LowRank
+from impasto.lora.merge import Image, Recipe, recipe
+from impasto.lora.patch import Patch
+from impasto.lora.weights import Patched, Weights
 from impasto.types import LoraRef
 
-PARSED_FILES = 16  # files whose patches are kept in memory
+Reader = Callable[[Path, TargetNames, str], LoraContents]
+
+GIB = 2**30
+TEXT_NETWORKS = ("text_encoder", "text_encoder_2")
+IMAGE_SHARE = 4  # a set's patched weights may take one part in so many of the budget, so that several sets fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,109 +44,207 @@ class LoraFile:
     modified: int  # nanoseconds since 1970
     size: int  # bytes
     scale: float
-    field: str  # the request field that named it, for errors
+    text_scale: float | None = None  # for the text encoders; None: like ``scale``
+    field: str = dataclasses.field(default="loras", compare=False)  # the request field that named it, for errors
+    networks: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # that it has patches for
+
+    @property
+    def state(self) -> FileState:
+        """The file without its strength."""
+        return FileState(self.path, self.modified, self.size)
+
+    def strength(self, network: str) -> float:
+        """How strongly it is to act on a network; 0 where it has nothing for it."""
+        if network not in self.networks:
+            return 0.0
+        return self.scale if self.text_scale is None or network not in TEXT_NETWORKS else self.text_scale
 
 
 LoraSet = tuple[LoraFile, ...]
 
 
-class Adapters:
-    """Switches a model's networks between LoRA sets.
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that may be kept to make switches fast; none is needed for them to be right.
 
-    Args:
-        networks: The networks by diffusers' names (``unet``, ``text_encoder``, ``text_encoder_2``).
+    Attributes:
+        parsed: Files' patches in main memory.
+        prepared: Factors, or whole patched weights, of the sets used last, on the networks' device.
+        own: The model's own values of weights that are not patched now; ``None``: as many as were ever patched.
+        own_on: Where own values are kept; ``None``: beside the weights.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self._modules = {
-            Target(network, name): module
-            for network, root in networks.items()
-            for name, module in root.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-        }
-        names: dict[str, list[str]] = {network: [] for network in networks}
-        for target in self._modules:
-            names[target.network].append(target.module)
-        self._names = TargetNames(names)
-        self._parsed: OrderedDict[tuple[Path, int, int], Patches] = OrderedDict()
-        self._pristine: dict[Target, Tensor] = {}
-        self._on: LoraSet | None = ()  # None while weights are being changed
+    parsed: int = 2 * GIB
+    prepared: int = 2 * GIB
+    own: int | None = None
+    own_on: torch.device | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """A set, ready for one network: for each weight a name for what it becomes, and how."""
+
+    wanted: dict[Target, tuple[tuple[object, ...], Recipe]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return sum(recipe.nbytes for _, recipe in self.wanted.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What the last change of weights took."""
+
+    seconds: float
+    weights: int  # that were written
+
+
+class Adapters:
+    """Switches a model's networks between LoRA sets. It belongs to one thread.
+
+    Args:
+        networks: The networks by name: ``unet``, ``text_encoder``, ``text_encoder_2``, and ``refiner`` if there is one.
+        budgets: What may be kept in memory.
+        read: Reads a file for a model of these names and shapes; its third argument is the field to name in errors.
+    """
+
+    def __init__(
+        self, networks: Mapping[str, nn.Module], budgets: Budgets | None = None, read: Reader = read_lora
+    ) -> None:
+        budgets = budgets or Budgets()
+        self._networks = tuple(networks)
+        self._weights = Weights(networks)
+        self._patched = Patched(self._weights, budgets.own_on, budgets.own)
+        names = TargetNames(self._weights.shapes())
+        self._files = ParsedFiles(lambda path, field: read(path, names, field), budgets.parsed)
+        self._image_budget = budgets.prepared // IMAGE_SHARE
+        self._prepared: ByteCache[object, Prepared] = ByteCache(budgets.prepared)
+        self._on: dict[str, LoraSet] = dict.fromkeys(self._networks, ())  # without those an error left half changed
+        self.last_switch: Switch | None = None  # for a cost model
 
     def resolve(self, loras: Sequence[LoraRef]) -> LoraSet:
-        """Look the files up as they are now. A file that is replaced on disk makes another set.
+        """Look the files up as they are now and read them; a file that is replaced on disk makes another set.
+
+        The result has one item for each of ``loras``, in order, those of strength 0 too.
 
         Raises:
-            LoraError: There is no such file.
+            LoraError: There is no such file, or it is no LoRA for this model.
         """
-        found = []
-        for position, lora in enumerate(loras):
-            field = f"loras.{position}.path"
-            path = Path(lora.path)
-            if not path.is_file():
-                raise LoraError(field, f"was not found: {path.name!r} is not a file here")
-            stat = path.stat()
-            if lora.scale != 0:
-                found.append(LoraFile(path.resolve(), stat.st_mtime_ns, stat.st_size, lora.scale, field))
-        return tuple(found)
+        return tuple(self._resolved(lora, f"loras.{position}.path") for position, lora in enumerate(loras))
+
+    def report(self, loras: LoraSet) -> tuple[LoraContents, ...]:
+        """Tell what each file holds and what was left over.
+
+        Raises:
+            LoraError: A file has to be read again and is not what it was.
+        """
+        return tuple(self._files.contents(lora.state, lora.field) for lora in loras)
+
+    def touching(self, loras: LoraSet, *networks: str) -> LoraSet:
+        """Return the part of a set that changes any of these networks.
+
+        Two sets with equal parts are one set to those networks: their rows may share calls of them.
+        """
+        return tuple(lora for lora in loras if any(lora.strength(network) != 0 for network in networks))
 
     @contextmanager
-    def active(self, loras: LoraSet) -> Iterator[None]:
-        """Run with exactly these LoRAs on the weights. They stay on afterwards, so the same set again is free.
+    def active(self, loras: LoraSet, *networks: str) -> Iterator[None]:
+        """Run with exactly these LoRAs on the networks (all by default); what the others have on stays.
+
+        The set stays on afterwards, so the same set again is free.
 
         Raises:
-            LoraError: A file cannot be read or does not fit; the weights are then the model's own.
+            LoraError: A file had to be read again and is not what it was, or a weight would not be finite. The
+                weights are then as they were, or the model's own.
         """
-        if loras != self._on:
-            self.restore()
-            self._put_on(loras)
+        for network in networks or self._networks:
+            part = self.touching(loras, network)
+            if self._on.get(network) != part:
+                self._switch(network, part)
         yield
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put the model's own weights back, bit for bit."""
-        self._on = None
-        for target, weight in self._pristine.items():
-            self._weight(target).copy_(weight)
-        self._pristine.clear()
-        self._on = ()
+        for network in self._networks:
+            self._switch(network, ())
 
-    @torch.no_grad()
-    def _put_on(self, loras: LoraSet) -> None:
-        patches = self._by_target(loras)
-        self._on = None
+    def clear(self) -> None:
+        """Restore, and let go of all memory: files, factors and own values."""
+        self.restore()
+        self._patched.forget_own()
+        self._prepared.clear()
+        self._files.clear()
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes kept, by the names of ``Budgets``; ``own`` has those of patched weights as well."""
+        return {"parsed": self._files.bytes, "prepared": self._prepared.bytes, "own": self._patched.own_bytes}
+
+    def _resolved(self, lora: LoraRef, field: str) -> LoraFile:
+        path = Path(lora.path)
         try:
-            for target, stack in patches.items():
-                weight = self._weight(target)
-                self._pristine[target] = weight.clone()
-                total = weight.float()
-                for patch, scale in stack:
-                    total = total + scale * patch.delta(weight.shape).to(weight.device)
-                weight.copy_(total)  # rounded once, at the end
-        except BaseException:
-            self.restore()
-            raise
-        self._on = loras
+            if not path.is_file():
+                raise FileNotFoundError
+            state = FileState.now(path)
+        except (OSError, ValueError):  # a name that no file can have is a ValueError
+            raise LoraError(field, f"was not found: {path.name[:100]!r} is not a file here") from None
+        networks = frozenset(target.network for target in self._files.contents(state, field).patches)
+        return LoraFile(state.path, state.modified, state.size, lora.scale, lora.text_scale, field, networks)
 
-    def _by_target(self, loras: LoraSet) -> dict[Target, list[tuple[LowRank, float]]]:
-        """Collect what each weight gets, in the request's order; all is checked before any weight changes."""
-        stacks: dict[Target, list[tuple[LowRank, float]]] = {}
+    @torch.inference_mode()
+    def _switch(self, network: str, loras: LoraSet) -> None:
+        """Put a set on one network in place of what is on it; all is read and ready before a weight changes."""
+        start = time.perf_counter()
+        key = (network, self._weights.device(network), loras)
+        known = self._prepared.get(key)
+        prepared = known or self._prepare(network, loras)
+        self._on.pop(network, None)  # unknown, so that after an error the next call looks again
+        try:
+            written = self._patched.become(network, prepared.wanted)
+        except FloatingPointError:
+            raise LoraError(_blamed(loras), "makes weights that are not finite; lower its scale") from None
+        self._on[network] = loras
+        if loras and known is None:
+            self._prepared.put(key, prepared, prepared.nbytes)
+        elif known is not None and self._keep_images(known):
+            self._prepared.put(key, known, known.nbytes)
+        if written:
+            _wait_for(self._weights.device(network))
+            self.last_switch = Switch(time.perf_counter() - start, written)
+
+    def _prepare(self, network: str, loras: LoraSet) -> Prepared:
+        """Collect what each weight gets, in the request's order."""
+        stacks: dict[Target, list[tuple[Patch, float]]] = {}
+        names: dict[Target, list[object]] = {}
         for lora in loras:
-            for target, patch in self._read(lora).items():
-                shape = self._weight(target).shape
-                if not patch.fits(shape):
-                    raise LoraError(lora.field, f"does not fit this model: {target.module} is {tuple(shape)}")
-                stacks.setdefault(target, []).append((patch, lora.scale))
-        return stacks
+            strength = lora.strength(network)
+            for target, patch in self._files.contents(lora.state, lora.field).patches.items():
+                if target.network == network:
+                    first = self._weights.first_name(target)
+                    stacks.setdefault(first, []).append((patch, strength))
+                    names.setdefault(first, []).append((lora.state, strength))
+        return Prepared(
+            {target: (tuple(names[target]), recipe(stack, self._weights[target])) for target, stack in stacks.items()}
+        )
 
-    def _weight(self, target: Target) -> Tensor:
-        return self._modules[target].weight
+    def _keep_images(self, prepared: Prepared) -> bool:
+        """From a set's second time on keep its patched weights themselves, where they are small enough."""
+        if all(isinstance(made, Image) for _, made in prepared.wanted.values()):
+            return False
+        if sum(self._weights[target].nbytes for target in prepared.wanted) > self._image_budget:
+            return False
+        for target, (name, _) in prepared.wanted.items():
+            prepared.wanted[target] = (name, Image(self._patched.copy_of(target)))
+        return True
 
-    def _read(self, lora: LoraFile) -> Patches:
-        """Parse a file, or take it from memory."""
-        key = (lora.path, lora.modified, lora.size)
-        if key not in self._parsed:
-            self._parsed[key] = read_lora(lora.path, self._names, lora.field)
-            while len(self._parsed) > PARSED_FILES:
-                self._parsed.popitem(last=False)
-        self._parsed.move_to_end(key)
-        return self._parsed[key]
+
+def _wait_for(device: torch.device | None) -> None:
+    """Let a GPU finish, so that what was timed was done."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _blamed(loras: LoraSet) -> str:
+    """The request field to name when a stack as a whole is wrong."""
+    return loras[0].field if len(loras) == 1 else "loras"

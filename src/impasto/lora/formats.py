@@ -1,102 +1,246 @@
-"""LoRA files: bytes on disk to patches by module; anything not understood is an error, never passed over.
+"""LoRA files: bytes on disk to patches by parameter; what is not understood is reported or an error, never lost.
 
-Knows the safetensors format and the low-rank suffixes (kohya, PEFT). Knows no model beyond the names it is given.
+Knows the order of things: gate, names, tensors, kinds, verdict. What each of them means is in ``gate``, ``tensors``,
+``keys``, ``kinds``, ``scaling`` and ``bases``.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from impasto.errors import LoraError
-from impasto.lora.keys import Target, TargetNames
-from impasto.lora.patch import LowRank
+from impasto.lora import bases
+from impasto.lora.base_model import base_model
+from impasto.lora.contents import LoraContents, Mismatch
+from impasto.lora.gate import Header, check_header
+from impasto.lora.keys import UNETS, Match, Target, TargetNames
+from impasto.lora.kinds import Adapter, MalformedError, WrongSizeError, read_patches
+from impasto.lora.notes import trigger_words
+from impasto.lora.patch import Patch
+from impasto.lora.scaling import BadConfigError, Scaling, read_scaling
+from impasto.lora.tensors import Keys, sort_keys
 
-MAX_FILE_BYTES = 2 * 2**30
-MAX_SHOWN = 100  # characters of a key repeated in an error
-SUFFIXES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".alpha": "alpha",
-}
+MAX_SHOWN = 100  # characters of a name repeated in an error
+_NO_WEIGHTS = {"alpha", "scaled_oft", "reshape_weight"}  # parts that do nothing alone
+_OF_BIASES = {"diff_b", "b_norm", "alpha"}
+_CHOOSE = "choose a LoRA made for SDXL"
 
-Patches = dict[Target, LowRank]
+Modules = dict[str, tuple[Match, dict[str, str]]]
 
 
-def read_lora(path: Path, names: TargetNames, field: str = "loras") -> Patches:
-    """Read a LoRA file into one patch a module.
+@dataclass(slots=True)
+class _Found:
+    """What the file turned out to hold so far."""
+
+    patches: dict[Target, Patch] = field(default_factory=dict)
+    matched: set[str] = field(default_factory=set)
+    unmatched: list[str] = field(default_factory=list)
+    mismatched: list[Mismatch] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraContents:
+    """Read a LoRA file for a model.
 
     Args:
         path: An existing ``.safetensors`` file.
-        names: The model's modules.
+        model: The model's parameters.
         field: Path of the request field that named the file, for the error.
 
     Raises:
-        LoraError: Not safetensors, a kind this version does not know, keys of another model, or
-            numbers that are not finite.
+        LoraError: The file is no LoRA, is broken, fits nothing of the model, or was mostly made for another base: a
+            base that is told as another one is refused where fewer than half of the file's modules fit, or none of
+            those of its UNet.
     """
-    groups = _group(_tensors(path, field), field)
-    patches: Patches = {}
-    unknown: list[str] = []
-    for name, parts in groups.items():
-        target = names.find(name)
-        if target is None:
-            unknown.append(name)
-        elif target in patches:
-            raise LoraError(field, f"names module {target.module!r} twice, in two spellings")
-        else:
-            patches[target] = _low_rank(name, parts, field)
-    if unknown:
-        raise LoraError(
-            field,
-            f"is not for this model: {len(unknown)} of {len(groups)} modules are not in it, "
-            f"first {unknown[0][:MAX_SHOWN]!r}",
-        )
-    return patches
-
-
-def _tensors(path: Path, field: str) -> dict[str, Tensor]:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise LoraError(field, f"is larger than {MAX_FILE_BYTES >> 30} GiB, so it is no LoRA")
+    header = check_header(path, field)
+    keys = sort_keys(header.tensors)
+    found = _Found(ignored=list(keys.beside))
+    if keys.twice:
+        raise LoraError(field, f"names {keys.twice[0][:MAX_SHOWN]!r} in two spellings, so which counts is not known")
+    modules = _matched(keys, model, found)
+    _sort_strange(keys, header, found)
     try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned, because a tensor is a view of the file's pages, and the file may be overwritten while we keep it.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a dict)
+        scaling = read_scaling(header.metadata, path)
+        with path.open("rb") as raw, safe_open(path, framework="pt") as file:
+            for name, (match, parts) in modules.items():
+                _read_module(name, match, _tensors(file, parts), model, scaling, found, field)
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
-        raise LoraError(field, f"is not a safetensors file ({error})") from None
+        raise LoraError(field, f"cannot be read ({type(error).__name__}); fetch it again") from None
+    except BadConfigError as error:
+        raise LoraError(field, f"{error}; save it again without") from None
+    _leave_refiner(found)
+    return LoraContents(
+        patches=found.patches,
+        unmatched=tuple(found.unmatched),
+        mismatched=tuple(found.mismatched),
+        ignored=tuple(found.ignored),
+        base_model=_verdict(keys, header, found, field),
+        trigger_words=trigger_words(header.metadata),
+        metadata=header.metadata,
+        sha256=digest,
+    )
 
 
-def _group(tensors: dict[str, Tensor], field: str) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
-        if suffix is None:
-            raise LoraError(field, f"holds {key[:MAX_SHOWN]!r}: this version reads low-rank LoRAs (kohya or PEFT)")
-        group = groups.setdefault(key.removesuffix(suffix), {})
-        if SUFFIXES[suffix] in group:
-            raise LoraError(field, f"has two {SUFFIXES[suffix]!r} tensors for module {key[:MAX_SHOWN]!r}")
-        group[SUFFIXES[suffix]] = tensor
-    if not groups:
-        raise LoraError(field, "holds no tensors")
-    return groups
+def _matched(keys: Keys, model: TargetNames, found: _Found) -> Modules:
+    """Return the modules that the model has. Of one that is named twice the better spelling is taken, never both."""
+    best: dict[tuple[tuple[Target, ...], bool], str] = {}
+    modules: Modules = {}
+    for name, parts in keys.modules.items():
+        if parts.keys() <= _NO_WEIGHTS:
+            found.ignored.extend(parts.values())
+            continue
+        match = model.match(name)
+        if match is None:
+            found.unmatched.append(name)
+            continue
+        place = match.targets, parts.keys() <= _OF_BIASES
+        other = best.get(place)
+        if other is not None and modules[other][0].spelling <= match.spelling:
+            found.ignored.append(name)
+            continue
+        if other is not None:
+            found.ignored.append(other)
+            del modules[other]
+        best[place] = name
+        modules[name] = match, parts
+    return modules
 
 
-def _low_rank(name: str, parts: dict[str, Tensor], field: str) -> LowRank:
-    module = f"module {name[:MAX_SHOWN]!r}"
-    if not {"down", "up"} <= parts.keys():
-        raise LoraError(field, f"is incomplete: {module} has only {', '.join(sorted(parts))}")
-    down, up, alpha = parts["down"], parts["up"], parts.get("alpha")
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or 0 in (*down.shape, *up.shape):
-        raise LoraError(field, f"has a malformed {module}: {tuple(down.shape)} and {tuple(up.shape)}")
-    if alpha is not None and alpha.numel() != 1:
-        raise LoraError(field, f"has an alpha that is not one number in {module}")
-    scale = 1.0 if alpha is None else alpha.float().item() / down.shape[0]
-    if not (math.isfinite(scale) and bool(torch.isfinite(down).all()) and bool(torch.isfinite(up).all())):
-        raise LoraError(field, f"has numbers that are not finite in {module}")
-    return LowRank(down, up, scale)
+def _sort_strange(keys: Keys, header: Header, found: _Found) -> None:
+    """Single numbers are notes of a tool; whatever else is not understood counts as unmatched."""
+    for key in keys.strange:
+        shape = header.tensors[key].shape
+        (found.ignored if shape in ((), (1,)) else found.unmatched).append(key)
+
+
+def _tensors(file: Any, parts: dict[str, str]) -> dict[str, Tensor]:
+    # Cloned, because a tensor is a view of the file's pages, and the file may be overwritten while we keep it.
+    return {part: file.get_tensor(key).clone() for part, key in parts.items()}
+
+
+def _read_module(
+    name: str, match: Match, parts: dict[str, Tensor], model: TargetNames, scaling: Scaling, found: _Found, field: str
+) -> None:
+    """Read one module's adapter, for each module of the model that it may mean."""
+    mismatches: list[Mismatch] = []
+    missing: list[str] = []
+    fitted = False
+    for target in match.targets:
+        try:
+            patches = _patches(name, target, parts, model, scaling, field)
+        except WrongSizeError as error:
+            mismatches.append(Mismatch(name, error.shape, model.shape(target) or ()))
+            continue
+        for patch, place in patches:
+            shape = model.shape(place)
+            if shape is None:
+                missing.append(f"{name}.{place.parameter}")
+            elif patch.fits(torch.Size(shape)):
+                found.patches[place] = patch
+                fitted = True
+            else:
+                mismatches.append(Mismatch(name, patch.shape, shape))
+    if fitted:
+        found.matched.add(name)
+    # A name that the base and the refiner share fits one of them: that is a match.
+    if len(match.targets) == 1 or not fitted:
+        found.mismatched.extend(mismatches[:1] if len(match.targets) > 1 else mismatches)
+        found.unmatched.extend(dict.fromkeys(missing))
+
+
+def _patches(
+    name: str, target: Target, parts: dict[str, Tensor], model: TargetNames, scaling: Scaling, field: str
+) -> Iterable[tuple[Patch, Target]]:
+    config = scaling.config(target.network)
+    from_peft = bool(config) or any(word in name for word in ("base_model.", "base_layer."))
+    adapter = Adapter(
+        parts=parts,
+        shape=model.shape(target) or (),
+        scale=partial(scaling.scale, target.network, target.module),
+        peft_rank=scaling.rank(target.network, target.module),
+        peft_kind=str(config.get("peft_type", "LORA")).rpartition(".")[2].upper() if from_peft else None,
+        neumann_terms=_neumann_terms(config),
+    )
+    try:
+        patches = read_patches(adapter)
+    except MalformedError as error:
+        raise LoraError(
+            field, f"is broken in module {name[:MAX_SHOWN]!r}: {error}; fetch it again or ask its author"
+        ) from None
+    return [(patch, Target(target.network, target.module, parameter)) for parameter, patch in patches.items()]
+
+
+def _neumann_terms(config: Any) -> int | None:
+    if config.get("use_cayley_neumann") is False:
+        return None
+    terms = config.get("num_cayley_neumann_terms")
+    return terms if isinstance(terms, int) and 0 < terms <= 100 else 5
+
+
+def _leave_refiner(found: _Found) -> None:
+    """Leave the refiner alone where only biases fit, or the base: a few of equal width do not make the file its own."""
+    of = {network: [target for target in found.patches if target.network == network] for network in UNETS}
+    for network, other in (UNETS, UNETS[::-1]):
+        if of[other] and all(target.parameter == "bias" for target in of[network]):
+            for target in of[network]:
+                del found.patches[target]
+            return
+
+
+def _verdict(keys: Keys, header: Header, found: _Found, field: str) -> str:
+    """Return the base model that the file was made for.
+
+    Raises:
+        LoraError: It is another one's, or no LoRA at all.
+    """
+    shapes = {key: info.shape for key, info in header.tensors.items()}
+    base = base_model(header)
+    named = [name for name, parts in keys.modules.items() if not parts.keys() <= _NO_WEIGHTS]
+    if not found.patches:
+        raise LoraError(field, _nothing_fits(base, named, shapes, found))
+    missed = len(found.unmatched) + len(found.mismatched)
+    mostly = len(found.matched) < missed
+    no_unet = bool(found.mismatched or found.unmatched) and not any(t.network in UNETS for t in found.patches)
+    if base not in (*bases.OURS, bases.UNKNOWN) and (mostly or (no_unet and missed)):
+        total = len(found.matched) + missed
+        raise LoraError(field, f"is for {base}, and {missed} of its {total} modules do not fit this model; {_CHOOSE}")
+    if base in bases.OURS or mostly:
+        return base
+    return _base_by_fit(found)
+
+
+def _base_by_fit(found: _Found) -> str:
+    """What fits the model is for the model, whatever the metadata say."""
+    networks = {target.network for target in found.patches}
+    return bases.REFINER if "refiner" in networks and "unet" not in networks else bases.SDXL
+
+
+def _nothing_fits(base: str, named: list[str], shapes: dict[str, tuple[int, ...]], found: _Found) -> str:
+    """Say what a file is that does nothing for this model, and what to do."""
+    other = bases.not_a_lora(shapes) if not named else None
+    if other is not None:
+        return f"is {other}"
+    if not named:
+        first = min(shapes)[:MAX_SHOWN]
+        return f"holds no LoRA that is known here, first of {len(shapes)} tensors is {first!r}; {_CHOOSE}"
+    if found.mismatched:
+        first_one = found.mismatched[0]
+        sizes = (
+            f"module {first_one.module[:MAX_SHOWN]!r} is for {list(first_one.file_shape)}, "
+            f"the model's is {list(first_one.model_shape)}"
+        )
+    else:
+        sizes = f"none of its {len(named)} modules is in it, first {named[0][:MAX_SHOWN]!r}"
+    whose = "another base model" if base == bases.UNKNOWN else base
+    whose = f"{whose} of another size than this model" if base in bases.OURS else whose
+    return f"is not for this model: it is for {whose} ({sizes}); {_CHOOSE}"

@@ -1,36 +1,44 @@
-"""Names: which module of the model a tensor of a LoRA file belongs to.
+"""Names: which modules of the model a name in a LoRA file means.
 
-Knows the spellings in use (kohya with the original SDXL block names or with diffusers names, PEFT in diffusers) and
-SDXL's block layout. Knows no tensors.
+Knows the words that trainers put before a module's name, and that a name may be dotted or flat, diffusers' or the
+original's. Knows no tensors, and no model beyond the names and shapes it is given.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
-# Prefix in the file -> network.
-FLAT_PREFIXES = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
-DOTTED_PREFIXES = {"unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"}
+from impasto.lora.original import original_names
 
-_ORIGINAL_BLOCK = re.compile(r"(input_blocks|output_blocks)_(\d+)_(\d+)_|(middle_block)_(\d+)_")
-_RESNET_PARTS = {
-    "in_layers_2": "conv1",
-    "out_layers_3": "conv2",
-    "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_TOP_LEVEL = {
-    "input_blocks_0_0": "conv_in",
-    "out_2": "conv_out",
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-}
-_PER_LEVEL = 3  # original blocks a level: two layers and one resampler, SDXL's layers_per_block being 2
+Parameter = Literal["weight", "bias"]
+UNETS = ("unet", "refiner")
+FIRST, SECOND = "text_encoder", "text_encoder_2"
+
+# Words before a module's name, flat, and the networks that each means; an empty tuple leaves it open. Words pile up
+# (``lora_unet_``, ``base_model.model.unet.``, ``text_encoders.clip_l.transformer.``) and are taken off one by one.
+_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("lora_", ()), ("lycoris_", ()), ("oft_", ()), ("boft_", ()),
+    ("base_model_", ()), ("_orig_mod_", ()), ("module_", ()), ("model_", ()),
+    ("text_encoders_", ()), ("conditioner_", ()),
+    ("unet_", UNETS), ("diffusion_model_", UNETS), ("refiner_", ("refiner",)),
+    ("text_encoder_2_", (SECOND,)), ("text_encoder_1_", (FIRST,)), ("text_encoder_", (FIRST,)),
+    ("clip_l_", (FIRST,)), ("clip_g_", (SECOND,)), ("embedders_0_", (FIRST,)), ("embedders_1_", (SECOND,)),
+    ("te1_", (FIRST,)), ("te2_", (SECOND,)), ("te_", (FIRST, SECOND)),
+)  # fmt: skip
+_MOST_WORDS = 6
+_WRAPPERS = tuple((word, meant) for word, meant in _WORDS if not meant)
+_AFTER_A_TEXT_ENCODER = (("transformer_", ()), *_WRAPPERS)
+
+
+class Spelling(IntEnum):
+    """How a file names a module. Where it names one twice, the smaller wins."""
+
+    DOTTED = 0  # diffusers' own name
+    FLAT = 1  # diffusers' name with underscores
+    ORIGINAL = 2  # the name in the original checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,68 +47,100 @@ class Target:
 
     network: str
     module: str
-    parameter: Literal["weight", "bias"] = "weight"
+    parameter: Parameter = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Modules that a name means: one, or the base's and the refiner's, which share their names."""
+
+    targets: tuple[Target, ...]  # weights
+    spelling: Spelling
 
 
 class TargetNames:
-    """Finds modules by any spelling.
+    """Finds a model's parameters by any spelling of their module.
 
     Args:
-        modules: Names of the modules with a weight, by network.
+        shapes: Shape of every weight and bias that can be patched.
     """
 
-    def __init__(self, modules: Mapping[str, Iterable[str]]) -> None:
-        self._flat = {
-            (network, _flatten(name)): Target(network, name) for network, names in modules.items() for name in names
-        }
+    def __init__(self, shapes: Mapping[Target, Sequence[int]]) -> None:
+        self._shapes = {target: tuple(shape) for target, shape in shapes.items()}
+        modules: dict[str, dict[str, None]] = {}
+        for target in self._shapes:
+            modules.setdefault(target.network, {})[target.module] = None
+        self._spelled = {network: _spellings(tuple(names)) for network, names in modules.items()}
 
-    def find(self, name: str) -> Target | None:
-        """Return the module that ``name`` (a key without its tensor suffix) means, or ``None``."""
-        for prefix, network in FLAT_PREFIXES.items():
-            if name.startswith(prefix):
-                return self._lookup(network, name.removeprefix(prefix))
-        for prefix, network in DOTTED_PREFIXES.items():
-            if name.startswith(prefix):
-                return self._lookup(network, _flatten(name.removeprefix(prefix)))
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that have parameters here."""
+        return tuple(self._spelled)
+
+    def shape(self, target: Target) -> tuple[int, ...] | None:
+        """Return a parameter's shape; ``None`` if the model has no such parameter."""
+        return self._shapes.get(target)
+
+    def match(self, name: str) -> Match | None:
+        """Return the modules that ``name`` (a key without its tensor's suffix) means; ``None`` if it is not known."""
+        for networks, flat in _readings(_flatten(name)):
+            found = [
+                (Target(network, module), spelling)
+                for network in networks or (*UNETS, FIRST, SECOND)
+                for module, spelling in [self._spelled.get(network, {}).get(flat, ("", Spelling.FLAT))]
+                if module
+            ]
+            if found:
+                spelling = max(spelling for _, spelling in found)
+                dotted = spelling is Spelling.FLAT and "." in name
+                return Match(tuple(target for target, _ in found), Spelling.DOTTED if dotted else spelling)
         return None
 
-    def _lookup(self, network: str, flat: str) -> Target | None:
-        if network == "unet":
-            return self._flat.get((network, flat)) or self._flat.get((network, _from_original(flat)))
-        return self._flat.get((network, _flatten(flat)))
+    def find(self, name: str) -> Target | None:
+        """Return the first module that ``name`` means, or ``None``."""
+        match = self.match(name)
+        return match.targets[0] if match else None
 
 
 def _flatten(name: str) -> str:
-    """One spelling for both: dots to underscores, and without ``text_model``, which transformers 5.6 dropped."""
-    return name.replace(".", "_").removeprefix("text_model_")
+    """One spelling for all: underscores for dots, and no ``processor``, which held diffusers' first adapters."""
+    return name.replace(".", "_").replace("_processor_", "_")
 
 
-def _from_original(flat: str) -> str:
-    """Translate the original SDXL block names to diffusers', both flat; other names come back as they are."""
-    if flat in _TOP_LEVEL:
-        return _TOP_LEVEL[flat]
-    match = _ORIGINAL_BLOCK.match(flat)
-    if match is None:
-        return flat
-    rest = flat[match.end() :]
-    if match[4]:
-        part = int(match[5])
-        return f"mid_block_attentions_0_{rest}" if part == 1 else f"mid_block_resnets_{part // 2}_{_resnet(rest)}"
-    index, part = int(match[2]), int(match[3])
-    if match[1] == "input_blocks":
-        level, layer = divmod(index - 1, _PER_LEVEL)
-        if layer == 2:  # the level's third block is its downsampler
-            return f"down_blocks_{level}_downsamplers_0_conv"
-        side = "down_blocks"
-    else:
-        level, layer = divmod(index, _PER_LEVEL)
-        side = "up_blocks"
-        if rest.startswith("conv"):
-            return f"up_blocks_{level}_upsamplers_0_conv"
-    if part == 1:
-        return f"{side}_{level}_attentions_{layer}_{rest}"
-    return f"{side}_{level}_resnets_{layer}_{_resnet(rest)}"
+def _readings(flat: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Take the words off the front, one after the other; each time say which networks are meant and what is left."""
+    networks: tuple[str, ...] = ()
+    for _ in range(_MOST_WORDS):
+        yield networks, flat.removeprefix("text_model_")
+        if not networks:
+            words = _WORDS
+        else:
+            words = _AFTER_A_TEXT_ENCODER if FIRST in networks or SECOND in networks else _WRAPPERS
+        word, meant = next(((word, meant) for word, meant in words if flat.startswith(word)), ("", ()))
+        if not word:
+            return
+        flat, networks = flat.removeprefix(word), networks or meant
 
 
-def _resnet(rest: str) -> str:
-    return _RESNET_PARTS.get(rest, rest)
+def _spellings(modules: Sequence[str]) -> dict[str, tuple[str, Spelling]]:
+    """Map every flat spelling of a network's modules to the module."""
+    spelled: dict[str, tuple[str, Spelling]] = {}
+    for original, module in original_names(modules):
+        spelled[original.replace(".", "_")] = module, Spelling.ORIGINAL
+    for module in modules:
+        flat = module.replace(".", "_").removeprefix("text_model_")
+        spelled[flat] = module, Spelling.FLAT
+        for part, other in _OTHER_PARTS:
+            if flat.endswith(part):
+                spelled.setdefault(flat.removesuffix(part) + other, (module, Spelling.FLAT))
+    return spelled
+
+
+# Ends of names that diffusers' first adapters wrote otherwise, in the UNet and in the text encoders.
+_OTHER_PARTS = (
+    ("_to_out_0", "_to_out"),
+    ("_self_attn_q_proj", "_self_attn_to_q"),
+    ("_self_attn_k_proj", "_self_attn_to_k"),
+    ("_self_attn_v_proj", "_self_attn_to_v"),
+    ("_self_attn_out_proj", "_self_attn_to_out"),
+)

@@ -1,6 +1,6 @@
-"""Patches: what a LoRA does to one weight, as a formula.
+"""Patches: what a LoRA does to one parameter, as a formula; and the low-rank one, which is most of them.
 
-Knows tensors and the maths of each kind. Knows no files, names or models.
+Knows tensors and maths. Knows no files, names or models. The other kinds are in ``patches``, one file a family.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
 
 
 class Patch(Protocol):
@@ -22,15 +24,35 @@ class Patch(Protocol):
     def rank(self) -> int | None:
         """Inner dimension, where the kind has one."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter that it is for, as far as its tensors tell."""
+
     def fits(self, shape: torch.Size) -> bool:
         """Whether it is for a parameter of this shape."""
 
     def patched(self, weight: Tensor, strength: float) -> Tensor:
         """Return the new parameter, float32 and of ``weight``'s shape; at strength 0 exactly ``weight``."""
 
+    def factors(self) -> Factors | None:
+        """Return ``left [out, r]`` and ``right [r, in]``, float32, whose product is added at strength 1.
+
+        ``None`` where the kind is not a low-rank sum. ``in`` counts a convolution's window too.
+        """
+        return None
+
+
+def interchangeable(ours: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a delta of shape ``ours`` is for a weight of ``shape``: 1x1 windows may be left out, or flattened in."""
+    if not ours or not shape or ours[0] != shape[0]:
+        return False
+    if len(ours) == 2:
+        return ours[1] == torch.Size(shape[1:]).numel()
+    return ours == shape if len(ours) == len(shape) else ours == (*shape, 1, 1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LowRank:
+class LowRank(Patch):
     """``W' = W + strength * scale * up @ down``.
 
     Attributes:
@@ -53,10 +75,18 @@ class LowRank:
         """Inner dimension of the product."""
         return self.down.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, in]`` or ``[out, in, kh, kw]``."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
     def fits(self, shape: torch.Size) -> bool:
         """Whether the delta has the shape of a weight (1x1 convolutions and linears are interchangeable)."""
-        rows, columns = self.up.shape[0], self.down[0].numel()
-        return self.up.flatten(1).shape[1] == self.rank and rows == shape[0] and rows * columns == shape.numel()
+        return self.up[0].numel() == self.rank and interchangeable(self.shape, tuple(shape))
+
+    def factors(self) -> Factors:
+        """Return both halves as matrices, the scale in the left one."""
+        return self.up.float().flatten(1) * self.scale, self.down.float().flatten(1)
 
     def delta(self, shape: torch.Size) -> Tensor:
         """Return what is added at strength 1: float32, of the weight's shape."""
@@ -65,4 +95,6 @@ class LowRank:
 
     def patched(self, weight: Tensor, strength: float) -> Tensor:
         """Return ``weight + strength * delta``, float32."""
+        if strength == 0:
+            return weight.float()
         return weight.float() + strength * self.delta(weight.shape).to(weight.device)

@@ -87,9 +87,10 @@ class Sdxl:
             return self.text.encode(prompt, self.devices.text)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that a LoRA may change, by diffusers' names."""
+        """The networks that a LoRA may change, by diffusers' names; the refiner's UNet is ``refiner``."""
         first, second = self.encoders
-        return {"unet": self.base.unet, "text_encoder": first, "text_encoder_2": second}
+        refiner = {} if self.refiner is None else {"refiner": self.refiner.unet}
+        return {"unet": self.base.unet, "text_encoder": first, "text_encoder_2": second, **refiner}
 
 
 def _denoiser(residence: Residence, devices: Devices, dtypes: Dtypes, found: Networks) -> Denoiser:

@@ -1,0 +1,169 @@
+"""What was read or made ready lately, kept in memory within a budget of bytes; and LoRA files by what they are now.
+
+Knows sizes and the order of use. Knows no formulas and no weights.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from impasto.errors import LoraError
+from impasto.lora.contents import LoraContents
+from impasto.lora.patch import Patch
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class ByteCache(Generic[Key, Value]):
+    """Values by key; when they grow over the budget the ones used longest ago are dropped.
+
+    Args:
+        budget: Bytes of all values together. A value larger than that is not kept at all.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+        self.bytes = 0  # of all values, as told
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Key) -> Value | None:
+        """Return the value, which now counts as used, or ``None``."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][0]
+
+    def put(self, key: Key, value: Value, size: int) -> None:
+        """Keep a value of ``size`` bytes in place of what the key had."""
+        self._drop(key)
+        if size > self._budget:
+            return
+        self._held[key] = (value, size)
+        self.bytes += size
+        while self.bytes > self._budget:
+            self._drop(next(iter(self._held)))
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._held.clear()
+        self.bytes = 0
+
+    def _drop(self, key: Key) -> None:
+        if key in self._held:
+            self.bytes -= self._held.pop(key)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file as it was when somebody looked: another file under the same name is another state."""
+
+    path: Path
+    modified: int  # nanoseconds since 1970
+    size: int  # bytes
+
+    @classmethod
+    def now(cls, path: Path) -> FileState:
+        """Look at a file.
+
+        Raises:
+            OSError: There is no such file.
+        """
+        stat = path.stat()
+        return cls(path.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+class ParsedFiles:
+    """LoRA files as patches, read once for as long as the budget holds them.
+
+    Args:
+        read: Reads a file; its second argument is the request field to name in errors.
+        budget: Bytes of tensors that are kept.
+    """
+
+    def __init__(self, read: Callable[[Path, str], LoraContents], budget: int) -> None:
+        self._read = read
+        self._cache: ByteCache[FileState, LoraContents] = ByteCache(budget)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors held."""
+        return self._cache.bytes
+
+    def contents(self, file: FileState, field: str) -> LoraContents:
+        """Return the patches of a file.
+
+        Raises:
+            LoraError: It cannot be read, or is not what it was when the request came.
+        """
+        known = self._cache.get(file)
+        if known is not None:
+            return known
+        try:
+            unchanged = FileState.now(file.path) == file
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise LoraError(
+                field, f"changed while the request waited: send it again to use {file.path.name!r} as it is"
+            )
+        contents = self._read(file.path, field)
+        self._cache.put(file, contents, sum(map(patch_bytes, contents.patches.values())))
+        return contents
+
+    def clear(self) -> None:
+        """Forget every file."""
+        self._cache.clear()
+
+
+def _check_unchanged(file: FileState, field: str) -> None:
+    try:
+        if FileState.now(file.path) == file:
+            return
+    except OSError:
+        pass
+    raise LoraError(field, f"changed while the request waited: send it again to use {file.path.name!r} as it is")
+
+
+def patch_bytes(patch: Patch) -> int:
+    """Bytes of a patch's tensors, wherever in it they are."""
+    return sum(tensor.nbytes for tensor in _tensors(patch))
+
+
+def patch_on(patch: Patch, device: torch.device) -> Patch:
+    """Return the patch with its tensors on a device, the same patch if they are there."""
+    if all(tensor.device == device for tensor in _tensors(patch)):
+        return patch
+    moved: Patch = _moved(patch, device)
+    return moved
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value

@@ -1,0 +1,122 @@
+"""How strongly a trainer meant each module's adapter: alpha tensors, or PEFT's configuration in the metadata.
+
+Knows the rules (alpha over rank, over its root, by pattern). Knows no kinds and no model.
+
+Source: PEFT's ``LoraConfig``; rank-stabilised LoRA: Kalajdzievski 2023 (arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METADATA_KEY = "lora_adapter_metadata"
+_NETWORK = re.compile(r"(unet|refiner|text_encoder_2|text_encoder)\.(.+)")
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_MAX_CONFIG = 2**20  # characters
+_MAX_PATTERN = 256  # characters
+# A pattern comes from the file, and a regular expression can be made to run for ever: only such are taken as have no
+# repeated groups, and at most two groups and two repeats.
+_RISKY = re.compile(r"[)\]}][*+?{]|\{|\(\?|\\[1-9]")
+_MOST = 2
+
+
+class BadConfigError(ValueError):
+    """The metadata's configuration cannot be followed; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """PEFT's configuration of each network's adapter; empty where the file has none."""
+
+    networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def config(self, network: str) -> Mapping[str, Any]:
+        """Return one network's configuration; what stands without a network holds for all."""
+        return self.networks.get(network) or self.networks.get("", {})
+
+    def scale(self, network: str, module: str, rank: int, alpha: float | None) -> float:
+        """Return what the delta is multiplied with: ``alpha / rank``; 1 where no alpha is known.
+
+        Args:
+            network: Network of the module.
+            module: Its dotted name, for the patterns.
+            rank: Inner dimension of the adapter's matrices.
+            alpha: The file's own alpha for the module, which goes before the configuration's.
+        """
+        config = self.config(network)
+        if alpha is None:
+            alpha = _by_pattern(config.get("alpha_pattern"), module)
+        if alpha is None:
+            alpha = _number(config.get("lora_alpha", config.get("alpha")))
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+    def rank(self, network: str, module: str) -> int | None:
+        """Return the configured rank of a module, if there is a configuration."""
+        config = self.config(network)
+        rank = _by_pattern(config.get("rank_pattern"), module) or _number(config.get("r"))
+        return int(rank) if rank and rank >= 1 else None
+
+
+def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
+    """Read PEFT's configuration from a header's metadata (diffusers writes one for each network).
+
+    PEFT itself writes it into a file beside its ``adapter_model.safetensors``.
+
+    Raises:
+        BadConfigError: It is no JSON object.
+    """
+    text = metadata.get(METADATA_KEY)
+    if text is None and path.name == _PEFT_FILE and (beside := path.with_name(_PEFT_CONFIG)).is_file():
+        with beside.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_CONFIG)
+    if text is None:
+        return Scaling()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise BadConfigError("has an adapter configuration that is no JSON object, so its strength is not known")
+    networks: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        match = _NETWORK.fullmatch(key)
+        network, name = (match[1], match[2]) if match else ("", key)
+        networks.setdefault(network, {})[name] = value
+    return Scaling(networks)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _by_pattern(patterns: Any, module: str) -> float | None:
+    """Return the number of the first pattern that the end of the module's name matches, as PEFT does."""
+    if not isinstance(patterns, dict):
+        return None
+    names = {module, module.removeprefix("text_model."), f"text_model.{module}"}
+    for pattern, value in patterns.items():
+        if any(_ends_with(name, pattern) for name in names):
+            return _number(value)
+    return None
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    if not re.search(r"[*+?\\\[\](){}|^$]", pattern):
+        return False
+    involved = len(re.findall(r"[*+?]", pattern)) > _MOST or pattern.count("(") > _MOST
+    if len(pattern) > _MAX_PATTERN or involved or _RISKY.search(pattern):
+        raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is too involved to be followed")
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    except re.error:
+        raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is no pattern") from None
