@@ -1,4 +1,4 @@
-"""The command line: ``impasto serve | worker | generate | keys …``.
+"""The command line: ``impasto serve | worker | generate | keys … | lora …``.
 
 Knows every room, imports each one inside the command that needs it, and holds no logic of its own. Options that
 are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, then from the defaults in ``config``.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from impasto.cli_lora import lora_app
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError, ImpastoError, InvalidInput
 from impasto.types import (
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(lora_app, name="lora")
 
 
 def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) -> Any:
@@ -169,7 +172,8 @@ def generate(
         impasto generate "a fox" --model sdxl-base --refiner sdxl-refiner --refine expert_ensemble_refiner
     """
     settings = _load(GenerateSettings, ctx)
-    _draw(_request(prompt, settings), settings)
+    loras = tuple(_lora(text, i, settings, config) for i, text in enumerate(settings.lora))
+    _draw(replace(_request(prompt, settings), loras=loras), settings)
 
 
 def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
@@ -190,7 +194,6 @@ def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
         num_images=settings.count,
         seed=settings.seed,
         scheduler=scheduler_name(settings.scheduler),
-        loras=tuple(_lora(text, i) for i, text in enumerate(settings.lora)),
         image=image,
         mask_image=_mask(settings.mask),
         strength=settings.strength,
@@ -258,17 +261,20 @@ def _keys(data_dir: Path | None, config: Path | None) -> KeyStore:
     return KeyStore(database)
 
 
-def _lora(text: str, position: int) -> LoraRef:
-    """Read ``PATH`` or ``PATH:SCALE``."""
-    path, colon, scale = text.rpartition(":")
-    if not colon:
-        return LoraRef(text)
+def _lora(text: str, position: int, settings: GenerateSettings, config: Path | None) -> LoraRef:
+    """Read ``NAME`` or ``NAME:SCALE``, where the name is a file's or what a request to the service would give."""
+    name, colon, scale = text.rpartition(":")
     try:
-        return LoraRef(path, float(scale))
-    except ValueError:
-        if Path(text).exists():  # a colon in the file's name
-            return LoraRef(text)
-        raise InvalidInput(f"lora.{position}", f"must be PATH or PATH:SCALE with a number, got {text!r}") from None
+        name, number = (name, float(scale)) if colon and not Path(text).exists() else (text, 1.0)
+    except ValueError:  # a colon of the name's own, as in an address
+        name, number = text, 1.0
+    path = Path(name).expanduser()
+    if not path.is_file():
+        from impasto.worker.loras import LoraLibrary
+
+        library = LoraLibrary.of(Settings.load(config, {"model": settings.model}))
+        path = library.find(name, f"--lora {position + 1}", None).file
+    return LoraRef(str(path), number)
 
 
 def _embedding(text: str) -> EmbeddingRef:
@@ -339,7 +345,7 @@ def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
         task = bar.add_task("denoising", total=request.num_inference_steps, pace="")
         for event in engine.generate(request):
             if isinstance(event, Progress):
-                bar.update(task, completed=event.step, pace=f"{event.seconds:.2f} s/step")
+                bar.update(task, total=event.total, completed=event.step, pace=f"{event.seconds:.2f} s/step")
             elif isinstance(event, ImageReady):
                 path = _numbered(output, event.index, request.num_images)
                 path.write_bytes(encode_image(event.image, file_format))

@@ -8,13 +8,14 @@ A wrong value or an unknown name stops start-up with the setting's name in the m
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
@@ -102,6 +103,47 @@ class Settings(_Layered):
     max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
     fake_step_seconds: float = Field(0.02, ge=0, description="How long a step of the model 'fake' takes, in seconds.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+    offline: bool = Field(False, description="Fetch nothing from other hosts for requests: no LoRAs, no pictures.")
+    fetch_allow: Annotated[list[str], NoDecode] = Field(
+        [], description="Hosts and address blocks that are fetched from though they are not public, such as 10.0.0.0/8."
+    )
+    fetch_http: bool = Field(False, description="Fetch from plain http addresses, too.")
+    fetch_ports: Annotated[list[int], NoDecode] = Field([80, 443], description="Ports that are fetched from.")
+    fetch_seconds: float = Field(600, gt=0, description="Longest time for one LoRA's download, in seconds.")
+    fetch_revalidate: float = Field(300, ge=0, description="Seconds until a site is asked again for what it has.")
+    lora_bytes: int = Field(2 * 2**30, gt=0, description="Largest LoRA that is fetched, in bytes.")
+    cache_bytes: int = Field(20 * 2**30, gt=0, description="Disk space for fetched LoRAs; the longest unused go first.")
+    lora_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="Names for LoRAs: NAME=LORA, where LORA is whatever a request may name."
+    )
+    hf_endpoint: str = Field("https://huggingface.co", pattern=r"^https?://", description="The hub, or a mirror of it.")
+    hf_token: SecretStr | None = Field(None, description="Token for the hub, shown for hf_token_repos alone.")
+    hf_token_repos: Annotated[list[str], NoDecode] = Field(
+        [], description="Repositories whose LoRAs any key may use by way of hf_token: owner/name, owner/*, or *."
+    )
+    civitai_endpoint: str = Field(
+        "https://civitai.com", pattern=r"^https?://", description="Civitai, or a mirror of it."
+    )
+    civitai_token: SecretStr | None = Field(None, description="Key for Civitai, shown to it for every model.")
+
+    @field_validator("fetch_allow", "fetch_ports", "hf_token_repos", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        """Read ``a,b`` from the environment."""
+        return _parts(value) if isinstance(value, str) else value
+
+    @field_validator("lora_aliases", mode="before")
+    @classmethod
+    def _table(cls, value: Any) -> Any:
+        """Read ``name=lora,name=lora``, or JSON, from the environment."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        pairs = [[word.strip() for word in part.split("=", 1)] for part in _parts(value)]
+        if any(len(pair) != 2 or not all(pair) for pair in pairs):
+            raise ValueError("write NAME=LORA, with commas between")
+        return dict(pairs)
 
     @property
     def database(self) -> str:
@@ -118,11 +160,17 @@ class Settings(_Layered):
         """Folder whose ``.safetensors`` files requests may name."""
         return self.data_dir / "loras"
 
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of what was fetched from other hosts."""
+        return self.data_dir.resolve() / "cache"
+
     def to_environment(self) -> dict[str, str]:
         """Return the settings as ``IMPASTO_…`` variables, so that a child process reads the same values."""
         values = self.model_dump(mode="json", exclude_none=True)
         values["data_dir"] = str(self.data_dir.resolve())
-        return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+        values |= {name: v.get_secret_value() for name, v in self if isinstance(v, SecretStr)}
+        return {PREFIX + name.upper(): _in_environment(value) for name, value in values.items()}
 
     @classmethod
     def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +192,7 @@ class GenerateSettings(_Layered):
     seed: int = Field(int(LIMITS.seed.default), description="Same seed, same picture; -1 draws one.")
     count: int = Field(int(LIMITS.num_images.default), description="Pictures to make, with seeds seed, seed+1, …")
     lora: Annotated[list[str], NoDecode] = Field(
-        [], description="PATH or PATH:SCALE, up to five times; in the environment with commas between."
+        [], description="NAME or NAME:SCALE, a file or what a request may name; up to five times, or with commas."
     )
     image: Path | None = Field(None, description="Start picture: PNG, JPEG or WebP.")
     mask: Path | None = Field(None, description="Where to paint in the start picture: white is painted, black kept.")
@@ -163,13 +211,25 @@ class GenerateSettings(_Layered):
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Read ``a.safetensors:0.5,b.safetensors`` from the environment."""
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return _parts(value) if isinstance(value, str) else value
 
     @classmethod
     def table(cls, document: Mapping[str, Any]) -> dict[str, Any]:
         """``[generate]``, and the model settings of the top level."""
         shared = {name: document[name] for name in _Layered.model_fields if name in document}
         return {**shared, **document.get(GENERATE_TABLE, {})}
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _in_environment(value: Any) -> str:
+    """Write a value so that the environment's reader understands it."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _check_variables() -> None:

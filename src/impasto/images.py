@@ -86,8 +86,9 @@ def decode_payload(text: str, field: str) -> bytes:
     """
     start = text[:100].lstrip().lower()
     if start.startswith(("http:", "https:")):
-        later = "fetching pictures from URLs comes later: send the picture itself as a data URI or base64"
-        raise InvalidInput(field, f"is a URL; {later}")
+        raise InvalidInput(
+            field, "is a URL, and none is followed here: give the picture itself, as a data URI or base64"
+        )
     if start.startswith("data:"):
         text = _payload_of_uri(text, field)
     digits = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")

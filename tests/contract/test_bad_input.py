@@ -106,7 +106,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     # pictures: test_pictures.py has more
     ({"image": 5}, "/image", "must be a string, got 5"),
     ({"image": {"url": "x"}}, "/image", "must be a string, got an object"),
-    ({"image": "https://example.com/a.png"}, "/image", "is a URL; fetching pictures from URLs comes later"),
+    ({"image": "http://example.com/a.png"}, "/image", "is a URL that must be https"),
     ({"mask_image": "data:image/png;base64,AA=="}, "/mask_image", "send a PNG, JPEG or WebP picture"),
     # what this server has not
     ({"refine": "expert_ensemble_refiner"}, "/refine", "this server has no refiner: send no_refiner, or have the"),

@@ -20,6 +20,7 @@ from PIL import Image
 
 from impasto.images import decode_png
 from impasto.jobs.outputs import OutputStore
+from tests.sites import Page, Web, running
 
 from .conftest import MODEL, Stack, read, refusal, submit
 
@@ -167,8 +168,8 @@ BAD = {
     "GIF": (uri(saved(Image.new("P", (9, 9)), "GIF"), "gif"), "is a GIF"),
     "text": (text(b"a picture of a fox, please"), "is text"),
     "no base64": ("a picture: of a fox!", "is neither a data URI nor base64"),
-    "URL": ("https://example.com/fox.png", "comes later: send the picture itself as a data URI or base64"),
-    "our own address": ("http://127.0.0.1:8000/outputs/x.png", "is a URL"),
+    "URL": ("https://192.168.0.1/fox.png", "could not be reached: give a public address"),
+    "our own host": ("http://127.0.0.1:8000/metrics", "is a URL that must be https"),
     "path": ("/etc/hostname.png", "paths are not read"),
     "path without a dot": ("/etc/passwd", "is no picture that is known here"),
     "path URI": ("file:///etc/passwd", "paths are not read"),
@@ -190,6 +191,38 @@ def test_a_bad_picture_is_refused_at_once(stack: Stack, http: httpx.Client, kind
     assert problem in message
     assert len(message) < 300
     assert inputs(stack) == before
+
+
+def test_a_picture_is_fetched_by_its_address(serve: Serve) -> None:
+    """From a host that the operator allows; the row keeps only how the address began."""
+    with (
+        running(Web()) as web,
+        serve(fetch_allow=["127.0.0.1"], fetch_http=True, fetch_ports=[web.server_port]) as stack,
+    ):
+        web.pages["/fox.png"] = Page(PNG)
+        prediction = submit(stack.client(), image=f"{web.url}/fox.png", mask_image=uri(saved(half_mask())))
+        assert same(stored(stack, prediction)["image"], PICTURE)
+        assert stack.store.get(prediction["id"]).input["as_sent"]["image"].startswith("http://127.0.0.1:")
+
+
+def test_nothing_is_fetched_for_a_request_that_is_wrong_elsewhere(serve: Serve) -> None:
+    """Addresses are dialled last: refusals cost no network."""
+    with (
+        running(Web()) as web,
+        serve(fetch_allow=["127.0.0.1"], fetch_http=True, fetch_ports=[web.server_port]) as stack,
+    ):
+        web.pages["/fox.png"] = Page(PNG)
+        body = {"prompt": "a cat", "image": f"{web.url}/fox.png", "num_images": 99}
+        assert "/num_images" in refusal(stack.client().post(PATH, json=body), 400)
+        assert web.reached == 0
+
+
+def test_a_result_can_be_the_next_start_picture(working: Stack) -> None:
+    """By the very URL in the answer, which leads to a private address here and is not dialled."""
+    done = submit(working.client(), enable_sync_mode=True, num_inference_steps=1)
+    [url] = done["outputs"]
+    again = submit(working.client(), image=url, strength=0.1, enable_sync_mode=True, num_inference_steps=1)
+    assert again["status"] == "completed"
 
 
 def test_thirty_megabytes_of_picture_are_413(stack: Stack, http: httpx.Client) -> None:

@@ -199,7 +199,7 @@ def test_a_model_that_is_not_there_stops_start_up(tmp_path):
         timeout=30,
     )
     assert run.returncode == 1
-    assert run.stderr.startswith("impasto: model 'nowhere' was not found: give 'builtin', or")
+    assert run.stderr.startswith("impasto: model 'nowhere' was not found: give 'builtin', ")
     assert len(run.stderr.splitlines()) == 1
 
 

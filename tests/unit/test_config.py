@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError
@@ -26,6 +27,20 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "max_attempts": ("1", 1),
     "fake_step_seconds": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
+    "offline": ("true", True),
+    "fetch_allow": ("models.corp, 10.0.0.0/8", ["models.corp", "10.0.0.0/8"]),
+    "fetch_http": ("true", True),
+    "fetch_ports": ("443,8443", [443, 8443]),
+    "fetch_seconds": ("5", 5.0),
+    "fetch_revalidate": ("0", 0.0),
+    "lora_bytes": ("1000", 1000),
+    "cache_bytes": ("9000", 9000),
+    "lora_aliases": ("me/x=civitai:1@2, y=https://h/z?a=b", {"me/x": "civitai:1@2", "y": "https://h/z?a=b"}),
+    "hf_endpoint": ("https://hub.corp", "https://hub.corp"),
+    "hf_token": ("hf_s3cret", SecretStr("hf_s3cret")),
+    "hf_token_repos": ("team/*,me/x", ["team/*", "me/x"]),
+    "civitai_endpoint": ("http://civitai.corp:8080", "http://civitai.corp:8080"),
+    "civitai_token": ("c_s3cret", SecretStr("c_s3cret")),
 }
 
 
@@ -75,13 +90,28 @@ def test_a_child_process_reads_the_same_settings(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "phrase"),
     [("port = 70000", "port"), ("port = 'x'", "port"), ("prot = 8000", "prot"), ("dtype = 'int8'", "dtype"),
-     ("public_url = 'ftp://x'", "public_url"), ("max_batch = 0", "max_batch"), ("port = ", "TOML")],
+     ("public_url = 'ftp://x'", "public_url"), ("lora_aliases = 'x'", "lora_aliases"),
+     ("hf_endpoint = 'x'", "hf_endpoint"),
+     ("max_batch = 0", "max_batch"), ("port = ", "TOML")],
 )  # fmt: skip
 def test_a_wrong_file_stops_start_up_and_is_named(tmp_path, source, phrase):
     """Bad values, unknown names and broken syntax are errors, not defaults."""
     (tmp_path / "impasto.toml").write_text(source)
     with pytest.raises(ConfigError, match=phrase):
         Settings.load()
+
+
+def test_aliases_are_a_table_of_the_file(tmp_path):
+    """Names with slashes and references of every kind; lists are TOML's own, too."""
+    (tmp_path / "impasto.toml").write_text('fetch_ports = [443]\n[lora_aliases]\n"me/x" = "o/n@v1"\n')
+    settings = Settings.load()
+    assert (settings.lora_aliases, settings.fetch_ports) == ({"me/x": "o/n@v1"}, [443])
+
+
+def test_tokens_are_not_shown():
+    """Neither by printing the settings nor in an error."""
+    settings = Settings.load(overrides={"hf_token": "hf_s3cret", "civitai_token": "c_s3cret"})
+    assert "s3cret" not in f"{settings!r} {settings} {settings.model_dump()}"
 
 
 def test_a_misspelt_variable_is_an_error_with_a_hint(monkeypatch):

@@ -244,7 +244,7 @@ def test_processes_that_start_at_once_upgrade_once(tmp_path):
         errors = [process.communicate(timeout=60)[1] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], errors
         with sqlite.connect(path) as db:
-            assert db.execute("select version_num from alembic_version").fetchall() == [("0001",)]
+            assert db.execute("select version_num from alembic_version").fetchall() == [("0002",)]
         db.close()
 
 

@@ -116,7 +116,7 @@ def test_base64_is_read_in_every_common_form(text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("https://example.com/a.png", "is a URL; fetching pictures from URLs comes later: send the picture itself"),
+        ("https://example.com/a.png", "is a URL, and none is followed here: give the picture itself"),
         (" HTTP://example.com/a.png", "is a URL"),
         ("/home/me/fox.png", "is neither a data URI nor base64, and paths are not read"),
         ("C:\\fox.png", "paths are not read"),

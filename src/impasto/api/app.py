@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from impasto.api import errors, files, predictions, wavespeed
 from impasto.api.auth import KeyCheck
+from impasto.api.pictures import PictureSource
 from impasto.api.service import Service
 from impasto.api.waiting import Changes
 from impasto.config import Settings
@@ -29,7 +30,8 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
 
     No cross-origin access is allowed and no page is served: every answer but a picture needs the key.
     """
-    service = Service(settings, store, outputs, KeyCheck(keys), Changes(ChangeWatcher(store)))
+    changes, pictures = Changes(ChangeWatcher(store)), PictureSource.of(settings, outputs)
+    service = Service(settings, store, outputs, KeyCheck(keys), changes, pictures)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

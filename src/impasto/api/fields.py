@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
 
-from impasto.api.pictures import to_mask_png, to_png
+from impasto.api.pictures import PictureAt, to_mask_png, to_png
 from impasto.errors import InvalidInput
 from impasto.types import LIMITS, Bounds, LoraRef, check_prompt, parse_size
 
@@ -78,18 +78,20 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture as a data URI or naked base64; the empty string is "not given". A mask is read for its brightness."""
+    """A picture as an address, a data URI or naked base64; "" is "not given". A mask is read for its brightness."""
 
     name: str
     description: str
     default: str = ""
     mask: bool = False
 
-    def read(self, value: object, path: str) -> bytes | None:
-        """Return the picture, decoded once and written anew as PNG."""
+    def read(self, value: object, path: str) -> bytes | PictureAt | None:
+        """Return the picture, decoded once and written anew as PNG, or its address: nothing is fetched here."""
         text = _text(value, path)
         if not text.strip():
             return None
+        if address := PictureAt.of(text, path, mask=self.mask):
+            return address
         return to_mask_png(text, path) if self.mask else to_png(text, path)
 
     def schema(self) -> Schema:
@@ -245,7 +247,11 @@ class Loras:
 
     def schema(self) -> Schema:
         """An array of objects with a path and a scale."""
-        location = {"type": "string", "minLength": 1, "description": "Its name on the server, or owner/name."}
+        location = {
+            "type": "string",
+            "minLength": 1,
+            "description": "Its name here, owner/name of the hub, a URL, or a Civitai id.",
+        }
         item = {"type": "object", "required": ["path"], "properties": {"path": location, "scale": SCALE.schema()}}
         return _described(self, type="array", maxItems=self.max_items, items=item)
 

@@ -17,7 +17,7 @@ ALIASES: Final = {"prompt_strength": "strength"}  # other spellings of a field; 
 
 _FORM: Final[tuple[Field, ...]] = (
     Text("prompt", "What to draw."),
-    Picture("image", "Start picture: a data URI or base64 of a PNG, JPEG or WebP."),
+    Picture("image", "Start picture: a URL, data URI or base64 of a PNG, JPEG or WebP."),
     Picture("mask_image", "Where to paint in `image`: white is painted, black is kept.", mask=True),
     Number(
         "strength",

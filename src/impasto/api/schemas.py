@@ -30,6 +30,32 @@ class Steps(_Wire):
     total: int
 
 
+class LeftOut(_Wire):
+    """Parts of a LoRA that were not applied."""
+
+    count: int = 0
+    first: list[Any] = Field(default=[], description="The first ten of them.")
+
+
+class AppliedLora(_Wire):
+    """What became of a LoRA of the request."""
+
+    path: str = Field(description="As the request named it.")
+    scale: float
+    resolved: str | None = Field(None, description="What the name led to, where it says more.")
+    alias_of: str | None = Field(None, description="The name it stands for on this server.")
+    applied: dict[str, int] = Field({}, description="Modules that were patched, by network.")
+    kinds: dict[str, int] = Field({}, description="Modules by kind: LoRA, LoHa, DoRA, ….")
+    ranks: list[int] | None = Field(None, description="Smallest and largest.")
+    mismatched: LeftOut = Field(LeftOut(), description="Modules that the model has in another shape.")
+    unmatched: LeftOut = Field(LeftOut(), description="Modules that the model does not have.")
+    ignored: LeftOut = Field(LeftOut(), description="Keys that are no weights of modules.")
+    base_model: str = Field("unknown", description="What it was made for: SDXL, SD 1.5, ….")
+    trigger_words: list[str] = Field([], description="Words for the prompt, from its metadata.")
+    sha256: str = Field("", description="Of the file.")
+    warnings: list[str] = Field([], description="Sentences about what one may not expect.")
+
+
 class Prediction(_Wire):
     """One submitted request and what became of it."""
 
@@ -45,6 +71,7 @@ class Prediction(_Wire):
     timings: dict[str, int] = Field(description="Milliseconds; `inference` is always there.")
     seed: int = Field(description="The seed in use, also when the request left it to us.")
     progress: Steps | None = Field(None, description="Only while processing.")
+    loras: list[AppliedLora] | None = Field(None, description="What became of each LoRA; only when completed with any.")
     code: int | None = Field(None, description="Why it failed (1403, 1405), or 5004: a synchronous wait ran out.")
 
 

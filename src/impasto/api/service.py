@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from impasto.api.auth import KeyCheck
+from impasto.api.pictures import PictureSource
 from impasto.api.waiting import Changes
 from impasto.config import Settings
 from impasto.jobs.outputs import OutputStore
@@ -26,6 +27,7 @@ class Service:
     outputs: OutputStore
     key_check: KeyCheck
     changes: Changes
+    pictures: PictureSource
 
 
 def service_of(request: Request) -> Service:

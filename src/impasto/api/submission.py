@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from impasto.api.fields import Field, Loras, Picture
 from impasto.api.models import ALIASES, ServedModel
-from impasto.api.pictures import stand_in
+from impasto.api.pictures import PictureAt, stand_in
 from impasto.errors import InvalidInput
 from impasto.jobs.records import NewJob
 from impasto.types import LIMITS, REFINE_MODES, GenerationRequest
@@ -76,8 +76,8 @@ class Submission:
         return cls(model, values, as_sent)
 
     @property
-    def pictures(self) -> dict[str, bytes]:
-        """The start picture and its mask as PNG, as far as they were given."""
+    def pictures(self) -> dict[str, bytes | PictureAt]:
+        """The start picture and its mask, as far as they were given: as PNG, or the address to fetch."""
         return {name: self.values[name] for name in PICTURES if self.values[name] is not None}
 
     @property

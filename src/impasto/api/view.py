@@ -16,7 +16,7 @@ import pybase64
 from fastapi import Request
 from fastapi.responses import Response
 
-from impasto.api.schemas import Envelope, Prediction, PublicStatus, Steps, Urls
+from impasto.api.schemas import AppliedLora, Envelope, Prediction, PublicStatus, Steps, Urls
 from impasto.api.service import Service
 from impasto.jobs.records import Job
 from impasto.jobs.states import Status
@@ -84,6 +84,7 @@ def prediction(job: Job, service: Service, links: Links) -> Prediction:
         executionTime=_execution_time(job),
         timings={"inference": 0} | {name: int(value) for name, value in job.timings.items()},
         seed=job.seed,
+        loras=[AppliedLora.model_validate(report) for report in job.loras] or None,
         progress=_steps(job.progress) if status == "processing" else None,
         code=_code(job) if status == "failed" else None,
     )

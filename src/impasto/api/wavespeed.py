@@ -7,7 +7,7 @@ of single fields (``models.py``) or of the answer's form (``view.py``).
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -68,7 +68,9 @@ def _submit(model: ServedModel) -> Endpoint:
         if request.query_params.get("webhook"):
             raise InvalidInput("webhook", "is not available yet: poll the prediction's urls.get")
         body = await read_body(request, service.settings.max_body_bytes)
-        submission, job = await run_in_threadpool(_create, model, body, key, service)
+        submission = await run_in_threadpool(_read, model, body, service)
+        pictures = await service.pictures.fetched(submission.pictures)
+        job = await run_in_threadpool(_create, submission, pictures, key, service)
         links = Links.of(request, service)
         if submission.sync:
             return await _finished(request, service, job, links)
@@ -77,20 +79,24 @@ def _submit(model: ServedModel) -> Endpoint:
     return submit
 
 
-def _create(model: ServedModel, body: bytes, key: Key, service: Service) -> tuple[Submission, Job]:
-    """Check the body, store its pictures and make the job; in a thread, because all of it may take long.
+def _read(model: ServedModel, body: bytes, service: Service) -> Submission:
+    """Check the body; in a thread, because pictures in it are decoded."""
+    return Submission.read(model, parse_object(body), refiner=service.settings.refiner is not None)
+
+
+def _create(submission: Submission, pictures: Mapping[str, bytes], key: Key, service: Service) -> Job:
+    """Store the pictures and make the job; in a thread, because both may take long.
 
     The files are there before the row that names them, and go again if the row cannot be written.
     """
-    submission = Submission.read(model, parse_object(body), refiner=service.settings.refiner is not None)
     stored: dict[str, str] = {}
     with ExitStack() as undo:
-        for name, png in submission.pictures.items():
+        for name, png in pictures.items():
             stored[name] = service.outputs.put_input(png)
             undo.callback(service.outputs.delete, [stored[name]])
         job = service.store.create(submission.to_job(key.id, stored), service.settings.max_queued)
         undo.pop_all()
-    return submission, job
+    return job
 
 
 async def _finished(request: Request, service: Service, job: Job, links: Links) -> Response:

@@ -88,6 +88,7 @@ returning cancel_requested;
 -- The holder of the lease ends the job, unless its owner cancelled it first.
 update predictions
    set status = :status, outputs = :outputs, error = :error, error_class = :error_class, timings = :timings,
+       loras = :loras,
        lease_owner = null, lease_until = null, finished_at = $now
  where id = :id and attempt = :attempt and status = 'processing' and not cancel_requested;
 

@@ -95,6 +95,7 @@ class Job:
     error: str  # safe to show; empty unless failed or cancelled
     error_class: str  # one word for programs, such as ``worker_lost``
     timings: dict[str, int]  # milliseconds
+    loras: tuple[dict[str, Any], ...]  # what became of each LoRA, as JSON values; empty unless completed
     progress: dict[str, Any]
     cancel_requested: bool
     created_at: datetime  # UTC, whole milliseconds, by the database's clock; so are the next two
@@ -123,6 +124,7 @@ class Job:
             error=row["error"],
             error_class=row["error_class"],
             timings=json.loads(row["timings"]),
+            loras=tuple(json.loads(row["loras"])),
             progress=json.loads(row["progress"]),
             cancel_requested=bool(row["cancel_requested"]),
             created_at=moment(row["created_at"]),

@@ -149,19 +149,26 @@ class JobStore:
                     cancelled.add(lease)
         return Beat(frozenset(lost), frozenset(cancelled))
 
-    def complete(self, lease: Lease, outputs: Sequence[Output], timings: Mapping[str, int]) -> bool:
+    def complete(
+        self,
+        lease: Lease,
+        outputs: Sequence[Output],
+        timings: Mapping[str, int],
+        loras: Sequence[Mapping[str, Any]] = (),
+    ) -> bool:
         """Make a job's outputs visible.
 
         Args:
             lease: From ``Job.lease`` of the claimed job.
             outputs: Pictures already in the ``OutputStore``.
             timings: Name to milliseconds.
+            loras: What became of each LoRA, as JSON values; the store never looks inside.
 
         Returns:
             False if the lease is lost or the job was cancelled: nobody will see the outputs, so delete them.
         """
         with writing(self._engine) as db:
-            return self._end(db, lease, Status.COMPLETED, Outcome.OK, outputs=outputs, timings=timings)
+            return self._end(db, lease, Status.COMPLETED, Outcome.OK, outputs=outputs, timings=timings, loras=loras)
 
     def fail(self, lease: Lease, error: str, error_class: str) -> bool:
         """Give a job up for good, with a message that its owner will read.
@@ -245,6 +252,7 @@ class JobStore:
         error_class: str = "",
         outputs: Iterable[Output] = (),
         timings: Mapping[str, int] | None = None,
+        loras: Sequence[Mapping[str, Any]] = (),
     ) -> bool:
         """End a held job; a cancel that came first wins. Returns whether ``status`` was reached."""
         check_move(Status.PROCESSING, status)
@@ -257,6 +265,7 @@ class JobStore:
             error_class=error_class,
             outputs=json.dumps([asdict(output) for output in outputs]),
             timings=json.dumps(dict(timings or {})),
+            loras=json.dumps([dict(report) for report in loras]),
         )
         if not ended.rowcount:
             self._end_cancelled(db, lease)

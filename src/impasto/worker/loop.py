@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impasto.errors import ImpastoError, InvalidInput, LoraError, NotFound, Unavailable
+from impasto.errors import ImpastoError, InvalidInput, NotFound, Unavailable
 from impasto.images import CONTENT_TYPES, decode_png, encode_image
 from impasto.jobs.events import ChangeWatcher
 from impasto.jobs.outputs import OutputStore
@@ -28,12 +29,12 @@ from impasto.types import (
     Finished,
     GenerationRequest,
     ImageReady,
-    LoraRef,
     OutputFormat,
     Preview,
     Progress,
 )
 from impasto.worker.backend import Backend
+from impasto.worker.loras import FoundLora, LoraLibrary
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +45,8 @@ IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-u
 RETRY_SECONDS = 0.5  # between tries of a write while the store is away
 BEAT_SECONDS = 1.0  # between heartbeats, which carry progress out and cancellations in
 BEATS_PER_LEASE = 4  # at least
+FETCHES = 16  # most jobs that wait for their files; they take no slot
+FETCH_WAIT_SECONDS = 0.1  # for files, while there is nothing else to do
 STALL_LEASES = 20  # a backend that has not moved for this many leases will not
 
 
@@ -56,6 +59,8 @@ class Running:
     claimed: float  # time.monotonic()
     outputs: dict[int, Output] = field(default_factory=dict)  # by image index
     progress: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[FoundLora, ...] = ()  # as the request orders them; their files stay for as long as this lives
+    ended: threading.Event = field(default_factory=threading.Event)  # nobody waits for its files any more
 
     @property
     def suspect(self) -> bool:
@@ -86,6 +91,7 @@ class WorkerLoop:
         lease_seconds: Silence after which the store gives this worker's jobs away.
         max_attempts: Times a job is started before the store gives it up.
         on_stall: Called, from another thread, when the backend has not moved for ``STALL_LEASES`` leases.
+        loras: Finds the LoRAs that requests name; by default in ``lora_dir`` alone.
     """
 
     def __init__(
@@ -100,18 +106,21 @@ class WorkerLoop:
         lease_seconds: float = 30.0,
         max_attempts: int = 3,
         on_stall: Callable[[], object] = lambda: None,
+        loras: LoraLibrary | None = None,
     ) -> None:
         self._store = store
         self._outputs = outputs
         self._backend = backend
         self._name = name
-        self._lora_dir = lora_dir
+        self._loras = loras or LoraLibrary(lora_dir)
         self._slots = slots
         self._lease_seconds = lease_seconds
         self._max_attempts = max_attempts
         self._on_stall = on_stall
         self._running: dict[str, Running] = {}
         self._waiting: tuple[Running, GenerationRequest] | None = None  # a suspect, until it can run alone
+        self._fetching: dict[str, tuple[Running, Future[GenerationRequest]]] = {}  # until their files are here
+        self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._lock = threading.Lock()  # guards _running's membership and _dropped
         self._dropped: set[Lease] = set()  # lost or cancelled leases, told by the heartbeat
         self._stopping = threading.Event()
@@ -141,22 +150,26 @@ class WorkerLoop:
             self._hand_back()
         finally:
             self._stopping.set()
+            for running, _ in self._fetching.values():
+                running.ended.set()
+            self._fetchers.shutdown(wait=False, cancel_futures=True)
             beat.join(timeout=5)
 
     def turn(self) -> bool:
         """Claim what fits, move one step, deal with what came of it; return whether there was anything to do."""
         self._drop_told()
         self._claim()
+        self._gather()
         self._moved = time.monotonic()
         if not self._backend.busy:
-            return False
+            return bool(self._fetching)
         for event in self._backend.step():
             self._handle(event)
         return True
 
     def _claim(self) -> None:
         """Fill the free slots, one job at a time; a suspect waits until it can run alone, and nothing joins it."""
-        while self._waiting is None and len(self._running) < self._slots and not self._has_suspect():
+        while self._has_room() and len(self._fetching) < FETCHES:
             loaded = [name for running in self._running.values() for name in running.job.lora_key]
             jobs = self._store.claim(self._name, 1, self._lease_seconds, loaded=loaded)
             if not jobs:
@@ -169,28 +182,51 @@ class WorkerLoop:
 
     def _admit(self, job: Job) -> None:
         running = Running(job, Lease(job.id, job.attempt), time.monotonic())
-        try:
-            request = self._request(job)
-        except Exception as error:  # noqa: BLE001  (a row that cannot be read is its own fault, not the worker's)
-            self._fail(running, error)
-            return
         with self._lock:
             self._running[job.id] = running
         log.info("job %s: attempt %d", job.id, job.attempt)
+        match job.input:
+            case {"request": {"loras": [_, *_]}}:  # files may have to be fetched: not here, where others wait
+                self._fetching[job.id] = (running, self._fetchers.submit(self._request, running))
+            case _:
+                self._join(running, lambda: self._request(running))
+
+    def _join(self, running: Running, read: Callable[[], GenerationRequest]) -> None:
+        """Hand a job to the backend, or keep it until it can run alone."""
+        try:
+            request = read()
+        except Exception as error:  # noqa: BLE001  (a row that cannot be read is its own fault, not the worker's)
+            self._fail(running, error)
+            return
         if running.suspect:
             self._waiting = (running, request)
         else:
-            self._backend.submit(request, job.id)
+            self._backend.submit(request, running.job.id)
 
-    def _has_suspect(self) -> bool:
-        return any(running.suspect for running in self._running.values())
+    def _gather(self) -> None:
+        """Let jobs whose files are here join, first come first served, while there is room."""
+        if self._fetching and not self._backend.busy:
+            wait([future for _, future in self._fetching.values()], FETCH_WAIT_SECONDS, FIRST_COMPLETED)
+        for running, future in list(self._fetching.values()):
+            if future.done() and (future.exception() is not None or self._has_room()):
+                del self._fetching[running.job.id]
+                self._join(running, future.result)
 
-    def _request(self, job: Job) -> GenerationRequest:
+    def _has_room(self) -> bool:
+        """Whether another job may join: there is a slot, and no suspect, which runs alone."""
+        joined = [running for job_id, running in self._running.items() if job_id not in self._fetching]
+        return len(joined) < self._slots and not any(running.suspect for running in joined)
+
+    def _request(self, running: Running) -> GenerationRequest:
         """Rebuild the request, with its pictures, the resolved seed and each LoRA's name turned into a file."""
+        job = running.job
         request = GenerationRequest.from_json(job.input["request"])
-        loras = tuple(
-            LoraRef(str(self._lora_file(lora.path, f"loras.{i}.path")), lora.scale)
+        running.loras = tuple(
+            self._loras.find(lora.path, f"loras.{i}.path", job.key_id, running.ended.is_set)
             for i, lora in enumerate(request.loras)
+        )
+        loras = tuple(
+            replace(lora, path=str(found.file)) for found, lora in zip(running.loras, request.loras, strict=True)
         )
         image, mask = (self._picture(job, name) for name in ("image", "mask_image"))
         return replace(request, seed=job.seed, loras=loras, image=image, mask_image=mask)
@@ -202,16 +238,6 @@ class WorkerLoop:
             return None if key is None else decode_png(self._outputs.get_input(key))
         except NotFound:
             raise InvalidInput(name, "is not stored any more; submit the request again") from None
-
-    def _lora_file(self, name: str, field_path: str) -> Path:
-        """Find an operator's LoRA by ``name`` or ``owner/name``; nothing outside the LoRA folder is reachable."""
-        plain = name.removesuffix(".safetensors")
-        for file in self._lora_dir.glob("**/*.safetensors"):
-            if file.relative_to(self._lora_dir).with_suffix("").as_posix() == plain:
-                return file
-        raise LoraError(
-            field_path, f"{name[:200]!r} was not found: put {plain[:200]}.safetensors into the server's loras folder"
-        )
 
     def _handle(self, event: Event) -> None:
         """Deal with one event; whatever goes wrong is that job's end, never the worker's or another job's."""
@@ -226,8 +252,8 @@ class WorkerLoop:
                     pass  # nobody is shown previews yet
                 case ImageReady():
                     self._store_picture(running, event)
-                case Finished():
-                    self._complete(running)
+                case Finished(reports=reports):
+                    self._complete(running, reports)
                 case Failed(error=error):
                     self._fail(running, error)
         except Exception as error:  # noqa: BLE001  (a full disk, say)
@@ -242,12 +268,16 @@ class WorkerLoop:
         width, height = event.image.size
         running.outputs[event.index] = Output(blob, content_type, width, height, nsfw=False, seed=event.seed)
 
-    def _complete(self, running: Running) -> None:
+    def _complete(self, running: Running, reports: Sequence[Any]) -> None:
         self._forget(running)
         outputs = [running.outputs[index] for index in sorted(running.outputs)]
         timings = {"inference": round((time.monotonic() - running.claimed) * 1000)}
-        if self._written(lambda: self._store.complete(running.lease, outputs, timings)):
+        named = [_named(report, running) for report in reports]
+        loras = [report.to_json() for report in named]
+        if self._written(lambda: self._store.complete(running.lease, outputs, timings, loras)):
             log.info("job %s: completed in %d ms", running.job.id, timings["inference"])
+            for report in named:
+                log.info("job %s: LoRA %s", running.job.id, report.line())
             self._delete(running, running.inputs)
         else:
             self._delete(running, running.blobs)
@@ -284,6 +314,8 @@ class WorkerLoop:
     def _forget(self, running: Running) -> None:
         with self._lock:
             self._running.pop(running.job.id, None)
+        running.ended.set()
+        self._fetching.pop(running.job.id, None)
         if self._waiting is not None and self._waiting[0] is running:
             self._waiting = None
 
@@ -329,3 +361,10 @@ class WorkerLoop:
                 log.warning("job %s could not be handed back: %s", running.job.id, error)
             self._delete(running, running.blobs)
             self._forget(running)
+
+
+def _named(report: Any, running: Running) -> Any:
+    """Put the name that the user gave into a LoRA's report, which knows our file alone, and what the name led to."""
+    found = running.loras[report.position]
+    asked: str = running.job.input["request"]["loras"][report.position]["path"]
+    return report.named(asked, found.source, found.alias_of)

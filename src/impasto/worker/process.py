@@ -21,6 +21,7 @@ from impasto.jobs.store import JobStore
 from impasto.logs import set_up_logging
 from impasto.worker.backend import Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
+from impasto.worker.loras import LoraLibrary
 from impasto.worker.naming import EXIT_CONFIG, EXIT_STALLED, FAKE_MODEL
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
         on_stall=lambda: os._exit(EXIT_STALLED),
+        loras=LoraLibrary.of(settings),
     )
 
 
