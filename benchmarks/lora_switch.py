@@ -45,6 +45,8 @@ RESULT = Path(__file__).parent / "results" / "lora_switch.json"
 NARROW = UNET | {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 1, 2)}  # a tenth of the width
 MIB = 2**20
 
+Times = dict[str, list[tuple[float, float]]]  # wall and processor seconds of each part
+
 
 def main() -> None:
     """Measure and report."""
@@ -54,13 +56,11 @@ def main() -> None:
         mixed(options)
         return
     with tempfile.TemporaryDirectory() as folder:
+        memory = measure_memory(Path(folder))  # first, while the process has held nothing large
         unet = make_unet(NARROW if options.narrow else UNET)
         rows = [
             measure(unet, Path(folder), rank, dtype, options.runs) for dtype in options.dtypes for rank in options.ranks
         ]
-        del unet
-        gc.collect()
-        memory = measure_memory(Path(folder))
     result = {
         "benchmark": "lora_switch",
         "width": "a tenth" if options.narrow else "full",
@@ -122,63 +122,64 @@ def measure(unet: UNet2DConditionModel, folder: Path, rank: int, dtype: str, run
     row["ours"] = ours(unet, paths, runs)
     gc.collect()
     row["diffusers"] = theirs(unet, paths, runs)
-    theirs_switch = sum(row["diffusers"][part] for part in ("unfuse", "unload", "read", "load", "fuse"))
-    row["diffusers"]["switch"] = round(theirs_switch, 3)
-    row["ratio_switch"] = round(theirs_switch / row["ours"]["switch_cached"], 1)
-    row["ratio_switch_without_reading"] = round(
-        (theirs_switch - row["diffusers"]["read"]) / row["ours"]["switch_cached"], 1
-    )
-    row["ratio_first_use"] = round(theirs_switch / (row["ours"]["read"] + row["ours"]["switch_first"]), 1)
+    for unit in ("seconds", "cpu_seconds"):  # on a machine that does other work too, only the latter is a fair ratio
+        mine, other = row["ours"][unit], row["diffusers"][unit]
+        other["switch"] = round(sum(other[part] for part in ("unfuse", "unload", "read", "load", "fuse")), 3)
+        row[f"ratio_switch_{unit}"] = round(other["switch"] / mine["switch_cached"], 1)
+        row[f"ratio_switch_without_reading_{unit}"] = round(
+            (other["switch"] - other["read"]) / mine["switch_cached"], 1
+        )
+        row[f"ratio_first_use_{unit}"] = round(other["switch"] / (mine["read"] + mine["switch_first"]), 1)
     for path in paths:
         path.unlink()
     return row
 
 
 @torch.inference_mode()
-def ours(unet: nn.Module, paths: list[Path], runs: int) -> dict[str, float]:
+def ours(unet: nn.Module, paths: list[Path], runs: int) -> dict[str, Any]:
     """Seconds of each part, and whether the weights came back bit for bit."""
     probe = _probe(unet)
     adapters = Adapters({"unet": unet})
-    seconds: dict[str, list[float]] = {}
+    times: Times = {}
 
     def put_on(loras: Any) -> None:
         with adapters.active(loras):
             pass
 
-    sets = [_timed(seconds, "read", partial(adapters.resolve, [LoraRef(str(path))])) for path in paths]
-    _timed(seconds, "apply_first", partial(put_on, sets[0]))  # makes the copies of the model's own weights, too
-    _timed(seconds, "switch_first", partial(put_on, sets[1]))
+    sets = [_timed(times, "read", partial(adapters.resolve, [LoraRef(str(path))])) for path in paths]
+    _timed(times, "apply_first", partial(put_on, sets[0]))  # makes the copies of the model's own weights, too
+    _timed(times, "switch_first", partial(put_on, sets[1]))
     for run in range(2 * runs):
-        _timed(seconds, "switch_cached", partial(put_on, sets[run % 2]))
+        _timed(times, "switch_cached", partial(put_on, sets[run % 2]))
     for _ in range(runs):
-        _timed(seconds, "restore", adapters.restore)
-        _timed(seconds, "apply_again", partial(put_on, sets[0]))
+        _timed(times, "restore", adapters.restore)
+        _timed(times, "apply_again", partial(put_on, sets[0]))
     held = adapters.held_bytes
     adapters.restore()
     assert all(torch.equal(a, b) for a, b in zip(probe, _probe(unet), strict=True)), "a weight did not come back"
     adapters.clear()
-    return _medians(seconds) | {f"{name}_mib": round(size / MIB) for name, size in held.items()}
+    return _medians(times) | {f"{name}_mib": round(size / MIB) for name, size in held.items()}
 
 
 @torch.no_grad()
-def theirs(unet: UNet2DConditionModel, paths: list[Path], runs: int) -> dict[str, float]:
+def theirs(unet: UNet2DConditionModel, paths: list[Path], runs: int) -> dict[str, Any]:
     """Seconds of each part of diffusers' and PEFT's way, and the share of weights that did not come back."""
     probe = _probe(unet)
-    seconds: dict[str, list[float]] = {}
+    times: Times = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for run in range(runs):
             path = paths[run % 2]
             read = partial(StableDiffusionXLPipeline.lora_state_dict, path, unet_config=unet.config)
-            state, alphas = _timed(seconds, "read", read)
+            state, alphas = _timed(times, "read", read)
             load = partial(StableDiffusionXLPipeline.load_lora_into_unet, state, alphas, unet, adapter_name="a")
-            _timed(seconds, "load", load)
+            _timed(times, "load", load)
             del state, load
-            _timed(seconds, "fuse", unet.fuse_lora)
-            _timed(seconds, "unfuse", unet.unfuse_lora)
-            _timed(seconds, "unload", unet.unload_lora)
+            _timed(times, "fuse", unet.fuse_lora)
+            _timed(times, "unfuse", unet.unfuse_lora)
+            _timed(times, "unload", unet.unload_lora)
     changed = [(a != b).float().mean().item() for a, b in zip(probe, _probe(unet), strict=True)]
-    return _medians(seconds) | {"weights_not_restored": round(statistics.mean(changed), 4)}
+    return _medians(times) | {"weights_not_restored": round(statistics.mean(changed), 4)}
 
 
 def measure_memory(folder: Path) -> dict[str, Any]:
@@ -271,15 +272,20 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _timed(seconds: dict[str, list[float]], name: str, do: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
+def _timed(times: Times, name: str, do: Callable[[], Any]) -> Any:
+    start, cpu = time.perf_counter(), time.process_time()
     result = do()
-    seconds.setdefault(name, []).append(time.perf_counter() - start)
+    times.setdefault(name, []).append((time.perf_counter() - start, time.process_time() - cpu))
     return result
 
 
-def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
+def _medians(times: Times) -> dict[str, Any]:
+    """Medians of wall and processor time of each part."""
+    units = enumerate(("seconds", "cpu_seconds"))
+    return {
+        unit: {name: round(statistics.median(value[i] for value in values), 3) for name, values in times.items()}
+        for i, unit in units
+    }
 
 
 def _probe(unet: nn.Module) -> list[Tensor]:
@@ -292,21 +298,20 @@ def _plain(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _print(rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
-    table = Table("rank", "file", "way", "read", "load + apply", "switch, first", "switch, cached", "restore", "ratio")
+    parts = ("read", "load + apply", "switch, first", "switch, cached", "restore")
+    table = Table("rank", "file", "way", "unit", *parts, "ratio")
     for row in rows:
-        ours, theirs = row["ours"], row["diffusers"]
-        name = (str(row["rank"]), row["file_dtype"])
-        table.add_row(
-            *name,
-            "ours",
-            *(f"{ours[part]:.2f}" for part in ("read", "apply_first", "switch_first", "switch_cached", "restore")),
-            f"{row['ratio_switch']}",
-        )
-        restore = theirs["unfuse"] + theirs["unload"]
-        seconds = (theirs["read"], theirs["load"] + theirs["fuse"], theirs["switch"], theirs["switch"], restore)
-        table.add_row(*name, "diffusers", *(f"{value:.2f}" for value in seconds), "")
-    table.caption = f"seconds; memory of 1,000 switches at a tenth of the width: {memory}"
-    Console(file=sys.stdout, width=130).print(table)
+        for unit in ("seconds", "cpu_seconds"):
+            ours, theirs = row["ours"][unit], row["diffusers"][unit]
+            name = (str(row["rank"]), row["file_dtype"])
+            mine = [ours[part] for part in ("read", "apply_first", "switch_first", "switch_cached", "restore")]
+            restore = theirs["unfuse"] + theirs["unload"]
+            other = [theirs["read"], theirs["load"] + theirs["fuse"], theirs["switch"], theirs["switch"], restore]
+            ratio = str(row[f"ratio_switch_{unit}"])
+            table.add_row(*name, "ours", unit, *(f"{value:.2f}" for value in mine), ratio)
+            table.add_row(*name, "diffusers", unit, *(f"{value:.2f}" for value in other), "")
+    table.caption = f"memory of 1,000 switches at a tenth of the width: {memory}"
+    Console(file=sys.stdout, width=140).print(table)
 
 
 def _options() -> argparse.Namespace:

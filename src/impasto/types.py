@@ -167,13 +167,12 @@ class GenerationRequest:
     reuse_features: int = int(LIMITS.reuse_features.default)
 
     def __post_init__(self) -> None:
-        check_prompt("prompt", self.prompt)
-        if not self.prompt.strip():
-            raise InvalidInput("prompt", "must not be empty; describe the picture you want")
-        if self.negative_prompt is not None:
-            check_prompt("negative_prompt", self.negative_prompt)
-        for side, value in (("width", self.width), ("height", self.height)):
-            check_side(side, value, LIMITS.engine_side)
+        self._check_prompts()
+        for name in _WHOLE:
+            if type(getattr(self, name)) is not int:  # True is an int too
+                raise InvalidInput(name, f"must be a whole number, got {str(getattr(self, name))[:40]}")
+        for side in ("width", "height"):
+            check_side(side, getattr(self, side), LIMITS.engine_side)
         for name in _BOUNDED:
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
@@ -187,6 +186,13 @@ class GenerationRequest:
         for name, most in (("loras", LIMITS.max_loras), ("embeddings", LIMITS.max_embeddings)):
             if len(getattr(self, name)) > most:
                 raise InvalidInput(name, f"takes at most {most} items, got {len(getattr(self, name))}")
+
+    def _check_prompts(self) -> None:
+        check_prompt("prompt", self.prompt)
+        if not self.prompt.strip():
+            raise InvalidInput("prompt", "must not be empty; describe the picture you want")
+        if self.negative_prompt is not None:
+            check_prompt("negative_prompt", self.negative_prompt)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, without the pictures, which travel as files; ``from_json`` is the inverse."""
@@ -204,6 +210,7 @@ class GenerationRequest:
 
 _PICTURES: Final = ("image", "mask_image")
 _CHOICES: Final = {"scheduler": SCHEDULERS, "refine": REFINE_MODES, "prompt_syntax": PROMPT_SYNTAXES}
+_WHOLE: Final = ("width", "height", "num_inference_steps", "num_images", "seed", "reuse_features")
 _BOUNDED: Final = (
     "num_inference_steps", "guidance_scale", "num_images", "seed", "guidance_rescale", "strength", "high_noise_frac",
     "aesthetic_score", "negative_aesthetic_score", "guidance_start", "guidance_end", "reuse_features",

@@ -219,7 +219,7 @@ def test_prompts_are_encoded_once_until_the_cache_is_full():
         encoded.append(prompt.text)
         return Embedding(torch.zeros(1, 1), torch.zeros(1))
 
-    cache = PromptCache(encode, entries=2)
+    cache = PromptCache(encode, budget=16)  # two of them
     for prompt, weights in [("a", ()), ("a", ()), ("b", ()), ("a", ()), ("c", ()), ("b", ()), ("c", ("lora",))]:
         cache.embed(Prompt(prompt), weights)
     assert encoded == ["a", "b", "c", "b", "c"]

@@ -174,6 +174,56 @@ def test_a_failed_shared_call_changes_no_picture(folders, scheduler, monkeypatch
         assert np.abs(found[str(i)].astype(int) - expected).max() <= 1
 
 
+def test_an_image_that_can_not_be_decoded_ends_its_request_and_no_other(engine, monkeypatch):
+    """Its sisters may be half way, in the same call or another: they go too, and the neighbour gets its picture."""
+    decode, calls = engine._model.vae.decode, []
+
+    def broken_once(latents):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no room")
+        return decode(latents)
+
+    monkeypatch.setattr(engine._model.vae, "decode", broken_once)
+    engine._scheduler._max_batch = 2
+    engine.submit(request(num_images=3, num_inference_steps=20), "a")
+    engine.submit(request(height=72, num_inference_steps=30), "b")
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert [event.request_id for event in events if isinstance(event, Failed)] == ["a"]
+    assert [event.request_id for event in events if isinstance(event, Finished)] == ["b"]
+
+
+def test_a_preview_that_fails_costs_nobody_a_picture(engine, monkeypatch):
+    """It is left out."""
+
+    def broken(latents):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(engine._model.vae, "preview", broken)
+    events = list(engine.generate(request(), preview_every=1))
+    assert not [event for event in events if isinstance(event, Preview)]
+    assert isinstance(events[-1], Finished)
+
+
+def test_previews_count_steps_not_calls(engine):
+    """Heun takes two calls a step."""
+    events = list(engine.generate(request(scheduler="heun", num_inference_steps=4), preview_every=1))
+    steps = [event.step for event in events if isinstance(event, Preview)]
+    assert steps == sorted(set(steps)) and max(steps) <= 4
+
+
+def test_a_cancelled_request_has_no_late_events(engine):
+    """Not even those that waited for another caller."""
+    loop = engine.generate(request(seed=2))
+    engine.submit(request(), "gone")
+    next(loop)
+    engine.cancel("gone")
+    loop.close()
+    assert not [event for event in engine.step() if event.request_id == "gone"]
+
+
 class Gauge:
     """Says that so many bytes are free, and that every call took a thousand."""
 

@@ -1,5 +1,7 @@
 """Modes as data: which network makes which calls."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,13 @@ def test_heun_is_never_handed_over_in_the_middle_of_a_step():
     base, refiner = legs("heun", num_inference_steps=20, refine="expert_ensemble_refiner")
     assert base.end in base.trajectory.starts
     assert base.end == refiner.first
+
+
+def test_a_refiner_goes_on_where_a_base_of_another_schedule_stops():
+    """Whatever spacing the refiner's own file names: one trajectory, no level left out or done twice."""
+    schedules = {"base": NoiseSchedule(timestep_spacing="trailing"), "refiner": NoiseSchedule()}
+    for steps in (1, 4, 20):
+        asked = GenerationRequest("a", num_inference_steps=steps, refine="expert_ensemble_refiner")
+        found = plan_legs(asked, SAMPLERS["euler"], schedules)
+        assert sum(leg.steps for leg in found) == steps
+        assert all(a.end == b.first and a.trajectory is b.trajectory for a, b in itertools.pairwise(found))

@@ -97,7 +97,7 @@ def test_the_mask_is_scaled_with_the_picture():
 
 @pytest.mark.parametrize(
     ("mask", "problem"),
-    [(Image.new("L", (64, 64), 0), "black all over"), (Image.new("L", (64, 32), 255), "of another shape")],
+    [(Image.new("L", (64, 64), 0), "keeps all of the picture"), (Image.new("L", (64, 32), 255), "of another shape")],
 )
 def test_a_mask_that_can_not_be_meant_is_an_error(mask, problem):
     """Named by its field, with the remedy."""

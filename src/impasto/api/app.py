@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 
 from impasto.api import errors, files, predictions, wavespeed
@@ -22,6 +22,7 @@ from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 
+READERS = 4  # bodies read at once, in threads of their own: decoding pictures must not hold up polls
 THREADS = 16  # for all blocking work; fewer than the store has connections, so that none waits for one
 
 
@@ -31,7 +32,7 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
     No cross-origin access is allowed and no page is served: every answer but a picture needs the key.
     """
     changes, pictures = Changes(ChangeWatcher(store)), PictureSource.of(settings, outputs)
-    service = Service(settings, store, outputs, KeyCheck(keys), changes, pictures)
+    service = Service(settings, store, outputs, KeyCheck(keys), changes, pictures, CapacityLimiter(READERS))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from impasto.api.auth import KeyCheck
@@ -28,6 +29,7 @@ class Service:
     key_check: KeyCheck
     changes: Changes
     pictures: PictureSource
+    readers: CapacityLimiter  # threads that read bodies, pictures among them
 
 
 def service_of(request: Request) -> Service:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from impasto.api.fields import Field, Loras, Picture
@@ -143,5 +143,5 @@ def _check_together(values: Mapping[str, Any], refiner: bool) -> None:
 def _remembered(field: Field, sent: Any, value: Any) -> Any:
     """Return what the row keeps of a value as it was sent: no keys of the client's own, and no pictures."""
     if isinstance(field, Loras):
-        return [asdict(lora) for lora in value]
+        return [{"path": lora.path, "scale": lora.scale} for lora in value]
     return stand_in(sent) if isinstance(field, Picture) else sent

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
@@ -68,7 +69,7 @@ def _submit(model: ServedModel) -> Endpoint:
         if request.query_params.get("webhook"):
             raise InvalidInput("webhook", "is not available yet: poll the prediction's urls.get")
         body = await read_body(request, service.settings.max_body_bytes)
-        submission = await run_in_threadpool(_read, model, body, service)
+        submission = await to_thread.run_sync(_read, model, body, service, limiter=service.readers)
         pictures = await service.pictures.fetched(submission.pictures)
         job = await run_in_threadpool(_create, submission, pictures, key, service)
         links = Links.of(request, service)

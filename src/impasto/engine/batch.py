@@ -23,6 +23,15 @@ from impasto.lora.report import LoraReport
 from impasto.types import GenerationRequest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """Where one network call takes a row: latents for the next call, the sampler's memory, what is held in place."""
+
+    latents: Tensor
+    memory: Memory
+    kept: Kept | None
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One image on its way from noise to picture."""
@@ -89,8 +98,17 @@ class Row:
             return False
         return len(self.features) > self.guided  # features of both halves, if both are to be predicted
 
-    def moved(self, denoised: Tensor) -> tuple[Tensor, Memory]:
-        """Return the next latents and memory, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
+    @property
+    def began_step(self) -> bool:
+        """Whether the next call begins a step, rather than being a further call of one."""
+        return self.call in self.leg.trajectory.starts
+
+    def steps_done(self, steps: int) -> int:
+        """Steps done of the ``steps`` that run, by the share of the network calls that is."""
+        return self.calls * steps // (self.calls + self.remaining)
+
+    def moved(self, denoised: Tensor) -> Move:
+        """Return where the row goes, given the network's estimate of the clean latents ``[4, H/8, W/8]``."""
         draw = partial(noise_like, self.latents, self.generator)
         moment = Moment(self.latents, denoised, self.call, self.leg.trajectory, self.memory, draw)
         latents, memory = self.sampler.step(moment)
@@ -98,21 +116,30 @@ class Row:
             latents = latents / (moment.sigma_next**2 + 1) ** 0.5
         if self.kept is not None and self.beside is None:
             latents = self.kept.hold(latents, 0.0 if moment.last else moment.sigma_next)
-        return latents, memory
+        if not self.ends_leg or self.remaining == 1:
+            return Move(latents, memory, self.kept)
+        following = self.legs[self.at + 1]
+        if not following.renoise:
+            return Move(latents, (), self.kept)
+        fresh = draw()
+        kept = self.kept and replace(self.kept, noise=fresh)
+        return Move(latents + following.trajectory.sigmas[following.first] * fresh, (), kept)
 
-    def advance(self, latents: Tensor, memory: Memory) -> None:
-        """Take what ``moved`` returned, and go to the next leg where this one ends."""
-        self.latents, self.memory = latents, memory
+    @property
+    def ends_leg(self) -> bool:
+        """Whether the next call is the leg's last."""
+        return self.call == self.leg.end - 1
+
+    def advance(self, move: Move) -> None:
+        """Go where ``moved`` said, and to the next leg where this one ends. It cannot fail."""
+        hands_over = self.ends_leg and self.remaining > 1
+        self.latents, self.memory, self.kept = move.latents, move.memory, move.kept
         self.call += 1
         self.calls += 1
-        if self.call == self.leg.end and self.remaining:
+        if hands_over:
             self.at += 1
             self.call = self.leg.first
-            self.memory, self.features, self.beside = (), None, None
-            if self.leg.renoise:
-                fresh = noise_like(latents, self.generator)
-                self.latents = latents + self.sigma * fresh
-                self.kept = self.kept and replace(self.kept, noise=fresh)
+            self.features = self.beside = None
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from impasto.errors import InvalidInput
 from impasto.models.text import Prompt
 
-CACHE_ENTRIES = 256  # an SDXL entry is 77 x 2048 + 1280 numbers: 0.6 MB in float32
+CACHE_BYTES = 256 * 2**20  # an SDXL window is 77 x 2048 + 1280 numbers: 0.6 MB in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,11 @@ class Embedding:
 
     tokens: Tensor
     pooled: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return self.tokens.nbytes + self.pooled.nbytes
 
     def widened(self, blank: Embedding, length: int) -> Embedding:
         """Return this embedding followed by as many ``blank`` windows as make ``length`` tokens."""
@@ -71,22 +76,25 @@ def score_ids(width: int, height: int, aesthetic_score: float) -> Tensor:
 
 
 class PromptCache:
-    """Remembers embeddings by prompt and LoRA set, least recently used out first."""
+    """Remembers embeddings by prompt and LoRA set within ``budget`` bytes, least recently used out first."""
 
-    def __init__(self, encode: Callable[[Prompt], Embedding], entries: int = CACHE_ENTRIES) -> None:
+    def __init__(self, encode: Callable[[Prompt], Embedding], budget: int = CACHE_BYTES) -> None:
         self._encode = encode
-        self._entries = entries
+        self._budget = budget
+        self._held = 0  # bytes
         self._known: OrderedDict[tuple[Prompt, Hashable], Embedding] = OrderedDict()
 
     def embed(self, prompt: Prompt, weights: Hashable) -> Embedding:
         """Return the embedding of ``prompt`` under the text-encoder weights that ``weights`` names."""
         key = (prompt, weights)
-        if key not in self._known:
-            self._known[key] = self._encode(prompt)
-            while len(self._known) > self._entries:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        found = self._known[key] = self._encode(prompt)
+        self._held += found.nbytes
+        while self._held > self._budget and len(self._known) > 1:
+            self._held -= self._known.popitem(last=False)[1].nbytes
+        return found
 
     def pair(
         self, prompt: Prompt, negative: Prompt | None, weights: Hashable, *, zero_absent: bool

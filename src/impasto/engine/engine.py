@@ -12,6 +12,7 @@ happened, so the caller owns progress, previews, cancellation and the mixing of 
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Hashable, Iterator
@@ -31,13 +32,16 @@ from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers.moment import denoise, scale_input
 from impasto.engine.scheduler import Scheduler
 from impasto.engine.sigmas import NoiseSchedule
-from impasto.lora.apply import Adapters
+from impasto.errors import ConfigError, ImpastoError
+from impasto.lora.apply import Adapters, LoraSet
 from impasto.models.catalog import find_model
 from impasto.models.denoiser import Denoiser
 from impasto.models.hub import fetch_model
 from impasto.models.sdxl import Sdxl
 from impasto.models.tiling import fits
 from impasto.types import Event, Failed, Finished, GenerationRequest, ImageReady, Preview, Progress
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BATCH = 4  # images sharing one network call
 HALVES = 2  # network rows of a guided image
@@ -96,6 +100,8 @@ class Engine:
             ModelError: Not an SDXL model, or it cannot be read.
             ConfigError: No such device or dtype here.
         """
+        if max_batch < 1:
+            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
         devices = choose_devices(device)
         dtypes = choose_dtypes(dtype, devices)
         accel = accel or Accel()
@@ -125,11 +131,14 @@ class Engine:
         request_id = request_id or secrets.token_hex(16)
         if request_id in self._pending or request_id in self._running:
             raise ValueError(f"request {request_id} is already here")
+        if preview_every < 0:
+            raise ValueError("preview_every must be 0 (none) or more")
         self._pending[request_id] = (request, preview_every)
         return request_id
 
     def cancel(self, request_id: str) -> bool:
-        """Drop a request before the next step; return whether it was here."""
+        """Drop a request, and its events not yet delivered, before the next step; return whether it was here."""
+        self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
         if self._pending.pop(request_id, None) is not None:
             return True
         return self._forget(request_id)
@@ -140,7 +149,7 @@ class Engine:
         Other requests in the engine move along; their events wait for whoever calls ``step`` or ``generate`` next.
 
         Raises:
-            ImpastoError: The request failed.
+            ImpastoError: The request failed for a reason that a user can mend; any other exception is a fault here.
         """
         request_id = self.submit(request, preview_every=preview_every)
         try:
@@ -160,7 +169,7 @@ class Engine:
         events, self._undelivered = self._undelivered, []
         for request_id in list(self._pending):
             events += self._admit(request_id, *self._pending.pop(request_id))
-        self._scheduler.patience = self._costs.patience(len({flight.loras for flight in self._running.values()}))
+        self._scheduler.patience = self._costs.patience(len({self._part(row) for row in self._rows.values()}))
         moving = self._scheduler.next_rows()
         if moving:
             events += self._move(moving)
@@ -175,7 +184,7 @@ class Engine:
         try:
             flight = self._admission.admit(request_id, request, preview_every)
         except Exception as error:  # noqa: BLE001  (whatever went wrong, the others go on)
-            return [Failed(request_id, error)]
+            return [_failed(request_id, error)]
         self._running[request_id] = flight
         self._rows |= flight.rows
         for row_id, row in flight.rows.items():
@@ -184,9 +193,12 @@ class Engine:
 
     def _bucket(self, row: Row) -> Hashable:
         """What must agree for rows to share a network call; LoRAs that do nothing to the network need not."""
-        loras = self._adapters.touching(self._running[row.request_id].loras, PATCHED[row.leg.stage])
         depth = (row.shallow, row.request.reuse_features > 1)
-        return row.leg.stage, tuple(row.latents.shape), depth, len(row.steers.positive.tokens), loras
+        return row.leg.stage, tuple(row.latents.shape), depth, len(row.steers.positive.tokens), self._part(row)
+
+    def _part(self, row: Row) -> LoraSet:
+        """The LoRAs that change the network of a row's next call."""
+        return self._adapters.touching(self._running[row.request_id].loras, PATCHED[row.leg.stage])
 
     def _size(self, row: Row) -> Hashable:
         """What the memory of a row's next call depends on."""
@@ -207,10 +219,12 @@ class Engine:
             flight = self._running[request_id]
             events.append(Progress(request_id, flight.steps_done(), flight.steps, seconds))
         for row_id, row in moved.items():
+            if row_id not in self._rows:  # an image of the same request could not be delivered
+                continue
             if row.remaining:
                 self._scheduler.move(row_id, self._bucket(row))
                 events += self._preview(row)
-            elif row.request_id in self._running:
+            else:
                 events += self._deliver(row)
         return events
 
@@ -220,22 +234,23 @@ class Engine:
         error = self._tried(rows)
         if error is None:
             return []
+        error.__traceback__ = None if len(rows) > 1 else error.__traceback__  # its frames hold the call's memory
         if isinstance(error, torch.OutOfMemoryError):
             self._limits.halve(self._size(rows[0]), HALVES * len(rows))
         if len(row_ids) == 1:
             self._forget(rows[0].request_id)
-            return [Failed(rows[0].request_id, error)]
+            return [_failed(rows[0].request_id, error)]
         return [event for row_id in row_ids if row_id in self._rows for event in self._call([row_id])]
 
     def _tried(self, rows: list[Row]) -> Exception | None:
-        """Denoise, and return what went wrong, without the traceback that would keep the failed call's memory."""
+        """Denoise, and return what went wrong."""
         streams = [row.generator.get_state() for row in rows]
         try:
             self._denoise(rows)
         except Exception as error:  # noqa: BLE001  (one bad row must not take the batch with it)
             for row, stream in zip(rows, streams, strict=True):  # the next try draws the same noise
                 row.generator.set_state(stream)
-            return error.with_traceback(None)
+            return error
         return None
 
     def _denoise(self, rows: list[Row]) -> None:
@@ -252,6 +267,7 @@ class Engine:
             scaled = torch.cat([scaled, torch.stack(beside)], 1)
         inputs = (scaled, timesteps, call.tokens, call.pooled, call.time_ids)
         with self._patched(rows[0]), self._measured(rows[0], len(call.order)):
+            start = time.perf_counter()
             if rows[0].shallow:
                 output = denoiser.predict_shallow(*inputs, features_of(call, rows))
             elif rows[0].request.reuse_features > 1:
@@ -259,13 +275,14 @@ class Engine:
                 keep_features(call, rows, features)
             else:
                 output = denoiser.predict(*inputs)
-        ordered, prediction = combine(call, rows, output)
+        ordered, prediction = combine(call, rows, output)  # waits for the device
+        self._costs.learn_step(time.perf_counter() - start)
         first = call.guided  # the negative half is spent
         clean = denoise(x[first:], prediction, sigma[first:], self._schedules[stage].prediction_type)
         moves = [row.moved(denoised) for row, denoised in zip(ordered, clean, strict=True)]
         for row, denoised, move in zip(ordered, clean, moves, strict=True):  # all or none: a failed call is tried again
             row.denoised = denoised
-            row.advance(*move)
+            row.advance(move)
 
     @contextmanager
     def _patched(self, row: Row) -> Iterator[None]:
@@ -275,9 +292,7 @@ class Engine:
             switch = self._adapters.last_switch
             if switch is not None and switch is not before:
                 self._costs.learn_switch(switch.seconds)
-            start = time.perf_counter()
             yield
-            self._costs.learn_step(time.perf_counter() - start)
 
     @contextmanager
     def _measured(self, row: Row, network_rows: int) -> Iterator[None]:
@@ -288,11 +303,16 @@ class Engine:
 
     def _preview(self, row: Row) -> list[Event]:
         """Show roughly what a row is becoming, where its request asked for it."""
-        every = self._running[row.request_id].preview_every
-        if not every or row.denoised is None or row.calls % every:
+        flight = self._running[row.request_id]
+        step = row.steps_done(flight.steps)
+        if not flight.preview_every or row.denoised is None or step % flight.preview_every or not row.began_step:
             return []
-        picture = Image.fromarray(self._model.vae.preview(row.denoised).numpy())
-        return [Preview(row.request_id, row.index, row.calls, picture)]
+        try:
+            picture = Image.fromarray(self._model.vae.preview(row.denoised).numpy())
+        except Exception:  # a preview that fails costs nobody the picture
+            log.exception("request %s: no preview", row.request_id)
+            return []
+        return [Preview(row.request_id, row.index, step, picture)]
 
     def _deliver(self, row: Row) -> list[Event]:
         """Decode a row that reached noise level 0, and put back what it was to keep."""
@@ -302,7 +322,7 @@ class Engine:
             picture = Image.fromarray(pixels if flight.start is None else flight.start.finish(pixels))
         except Exception as error:  # noqa: BLE001  (the other requests go on)
             self._forget(row.request_id)
-            return [Failed(row.request_id, error)]
+            return [_failed(row.request_id, error)]
         events: list[Event] = [ImageReady(row.request_id, row.index, row.seed, picture)]
         flight.delivered += 1
         if flight.delivered == flight.request.num_images:
@@ -326,6 +346,13 @@ def _tiles(when: Tiling, gauge: MemoryGauge, pixels: int, dtype: torch.dtype) ->
         free = gauge.free()
         return free is not None and not fits(pixels, dtype, free)
     return when == "on"
+
+
+def _failed(request_id: str, error: Exception) -> Failed:
+    """End a request. The traceback goes to the log and no further: its frames hold the failed call's memory."""
+    if not isinstance(error, ImpastoError):
+        log.error("request %s failed", request_id, exc_info=error)
+    return Failed(request_id, error.with_traceback(None))
 
 
 def _apart(events: list[Event], request_id: str) -> tuple[list[Event], list[Event]]:

@@ -61,11 +61,9 @@ def plan_legs(
     if request.refine == "base_image_refiner":
         again = sampler.plan(schedules["refiner"], request.refine_steps or steps)
         return whole, Leg("refiner", again, _start(again, SECOND_PASS_STRENGTH), len(again), renoise=True)
-    late = sampler.plan(schedules["refiner"], steps)
-    shared = (
-        Leg("base", path, first, max(first, _below(path, request.high_noise_frac, schedules["base"]))),
-        Leg("refiner", late, max(first, _below(late, request.high_noise_frac, schedules["refiner"])), len(late)),
-    )
+    # One trajectory for both, the base's: the refiner goes on from the very level that the base leaves.
+    turn = max(first, _below(path, request.high_noise_frac, schedules["base"]))
+    shared = (Leg("base", path, first, turn), Leg("refiner", path, turn, len(path)))
     return tuple(leg for leg in shared if len(leg))
 
 

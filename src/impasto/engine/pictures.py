@@ -18,6 +18,7 @@ from impasto.types import GenerationRequest
 
 Pixels = NDArray[np.uint8]
 OPAQUE = 255
+NEARLY_OPAQUE = 250  # from here on up a picture has no holes: tools leave such values where nothing shows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +50,7 @@ class Start:
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             alpha = picture.getchannel("A")
-            holes = ImageOps.invert(alpha) if np.asarray(alpha).min() < OPAQUE else None
+            holes = ImageOps.invert(alpha) if np.asarray(alpha).min() < NEARLY_OPAQUE else None
             picture = _filled(picture) if holes else picture.convert("RGB")
         else:
             picture, holes = picture.convert("RGB"), None
@@ -61,7 +62,9 @@ class Start:
                 )
             mask = _fitted(mask, size)
             if not np.asarray(mask).any():
-                raise InvalidInput("mask_image", "is black all over, so there is nothing to paint; white is painted")
+                if request.mask_image is not None:
+                    raise InvalidInput("mask_image", "keeps all of the picture at the asked size; white is painted")
+                mask = None  # the transparent parts are cropped away
         return cls(np.asarray(_fitted(picture, size)), None if mask is None else np.asarray(mask))
 
     def finish(self, picture: Pixels) -> Pixels:

@@ -39,8 +39,8 @@ def _split(text: str, setting: str) -> tuple[str, dict[str, str]]:
         name, named, value = (piece.strip() for piece in item.partition("="))
         if not named and position == 0:
             first = item
-        elif not named or name not in PARTS or not value:
-            raise ConfigError(f"{setting}: {item[:40]!r} is not one of {', '.join(f'{p}=…' for p in PARTS)}")
+        elif not named or name not in PARTS or not value or name in others:
+            raise ConfigError(f"{setting}: {item[:40]!r} is not one of {', '.join(f'{p}=…' for p in PARTS)}, each once")
         else:
             others[name] = value
     return first, others

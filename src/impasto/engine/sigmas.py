@@ -49,7 +49,14 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Read a diffusers ``scheduler_config.json``; keys that do not shape the schedule are passed over."""
+        """Read a diffusers ``scheduler_config.json``; keys that do not shape the schedule are passed over.
+
+        Raises:
+            ModelError: A schedule of another family.
+        """
+        if str(config.get("_class_name", "")).startswith("EDM") or config.get("trained_betas") is not None:
+            kind = config.get("_class_name")
+            raise ModelError(f"the model's scheduler ({kind}) is not SDXL's: noise levels of its own are not read")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def training_sigmas(self) -> Levels:

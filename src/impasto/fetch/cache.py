@@ -181,7 +181,8 @@ class Cache:
         held = Held(path, entry.note, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            os.utime(path)
+            # Used now, but not modified: readers tell a file by the time it was written.
+            os.utime(path, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return held
         except OSError:  # it is just being deleted
@@ -206,7 +207,7 @@ class Cache:
             found = [path for name in ("blobs", "parts") for path in (self._folder / name).iterdir()]
             files = [(path, stat) for path in found if (stat := _stat(path))]
             total = sum(stat.st_size for _, stat in files) + wanted
-            for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
+            for path, stat in sorted(files, key=lambda file: max(file[1].st_mtime_ns, file[1].st_atime_ns)):
                 stale = path.parent.name == "parts" and stat.st_mtime < time.time() - STALE_PART_SECONDS
                 if (total > self._quota or stale) and self._deleted(path):
                     log.info("%s deleted from the cache", path.name)

@@ -66,7 +66,10 @@ class WebFile:
 
     def __str__(self) -> str:
         """The address without what may be secret in it."""
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+        except ValueError:
+            return "an address that is none"
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

@@ -33,7 +33,7 @@ Reader = Callable[[Path, TargetNames, str], LoraContents]
 
 GIB = 2**30
 TEXT_NETWORKS = ("text_encoder", "text_encoder_2")
-IMAGE_SHARE = 4  # a set's patched weights may take one part in so many of the budget, so that several sets fit
+IMAGE_SHARE = 2  # a set's patched weights may take one part in so many of the budget, so that two sets fit
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class FileState:
             OSError: There is no such file.
         """
         stat = path.stat()
-        return cls(path.resolve(), stat.st_mtime_ns, stat.st_size)
+        return cls(path.absolute(), stat.st_mtime_ns, stat.st_size)
 
 
 class ParsedFiles:

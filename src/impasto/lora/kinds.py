@@ -253,7 +253,9 @@ class _Reader:
 
     def peft_scaled(self) -> Patch:
         (factor,) = self._take("ia3_l")
-        on_input = factor.ndim > 1 and factor.shape[0] == 1 and factor.numel() != self._adapter.shape[0]
+        # PEFT makes (1, in) for feed-forward linears and (out, 1) for others; for convolutions (1, n, 1, 1) in both.
+        row = factor.ndim > 1 and factor.shape[0] == 1
+        on_input = row and (factor.ndim == 2 or factor.numel() != self._adapter.shape[0])
         return Scaled(factor.flatten().float() - 1, on_input)
 
     def _decomposed(self, patch: Patch) -> Patch:

@@ -104,7 +104,7 @@ class Product:
     def write(self, weight: Tensor, pristine: Tensor) -> None:
         """Make the patched weight in one pass over it."""
         own, dtype = pristine.to(weight.device), weight.dtype
-        if self.fused and weight.is_contiguous() and own.is_contiguous():
+        if self.fused and not weight.is_inference() and weight.is_contiguous() and own.is_contiguous():
             matrix = weight.view(len(weight), -1)
             torch.addmm(own.flatten(1), self.up.to(dtype), self.down.to(dtype), alpha=self.alpha, out=matrix)
             return

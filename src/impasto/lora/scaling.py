@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _MAX_PATTERN = 256  # characters
 # repeated groups, and at most two groups and two repeats.
 _RISKY = re.compile(r"[)\]}][*+?{]|\{|\(\?|\\[1-9]")
 _MOST = 2
+_PATTERNS = ("alpha_pattern", "rank_pattern")
+_MOST_PATTERNS = 2000  # every module is held against every pattern
 
 
 class BadConfigError(ValueError):
@@ -62,7 +65,7 @@ class Scaling:
         """Return the configured rank of a module, if there is a configuration."""
         config = self.config(network)
         rank = _by_pattern(config.get("rank_pattern"), module) or _number(config.get("r"))
-        return int(rank) if rank and rank >= 1 else None
+        return int(rank) if rank and 1 <= rank < math.inf else None
 
 
 def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
@@ -89,12 +92,20 @@ def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
     for key, value in values.items():
         match = _NETWORK.fullmatch(key)
         network, name = (match[1], match[2]) if match else ("", key)
+        if name in _PATTERNS and isinstance(value, dict) and len(value) > _MOST_PATTERNS:
+            raise BadConfigError(f"has {len(value)} items in the {name} of its metadata; {_MOST_PATTERNS} are read")
         networks.setdefault(network, {})[name] = value
     return Scaling(networks)
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a JSON number; one that is too large for a float is infinite, which the reader refuses."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _by_pattern(patterns: Any, module: str) -> float | None:
@@ -108,6 +119,11 @@ def _by_pattern(patterns: Any, module: str) -> float | None:
     return None
 
 
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")
+
+
 def _ends_with(name: str, pattern: str) -> bool:
     if name == pattern or name.endswith(f".{pattern}"):
         return True
@@ -117,6 +133,6 @@ def _ends_with(name: str, pattern: str) -> bool:
     if len(pattern) > _MAX_PATTERN or involved or _RISKY.search(pattern):
         raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is too involved to be followed")
     try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+        return _compiled(pattern).fullmatch(name) is not None
     except re.error:
         raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is no pattern") from None

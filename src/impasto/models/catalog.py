@@ -68,8 +68,12 @@ def find_model(name: str, fetch: Fetch | None = None) -> ModelSource:
     """
     if name == BUILTIN:
         return _folder(name, BUILTIN_FOLDER, BUILTIN_NATIVE_SIDE)
-    path = Path(name).expanduser()
-    if not path.exists():
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no path can have
+        there = False
+    if not there:
         path = _fetched(name, fetch)
     if path.is_file():
         return ModelSource(name, path, {}, SDXL_NATIVE_SIDE, checkpoint_kind(read_header(path, name), name))
@@ -135,11 +139,11 @@ def read_index(name: str, folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads((folder / "model_index.json").read_text())
-    except FileNotFoundError:
+    except OSError:
         raise ModelError(f"model {name!r}: the folder has no model_index.json, so it is no diffusers model") from None
     except ValueError as error:
         raise ModelError(f"model {name!r}: model_index.json is not JSON ({error})") from None
-    kind = index.get("_class_name") if isinstance(index, dict) else None
+    kind = str(index.get("_class_name")) if isinstance(index, dict) else None
     if kind not in PIPELINES:
         raise ModelError(f"model {name!r} is a {kind}, not an SDXL model ({', '.join(PIPELINES)})")
     return index  # type: ignore[no-any-return]
