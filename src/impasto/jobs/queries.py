@@ -1,6 +1,9 @@
-"""Reads ``queries.sql`` into named statements for one dialect.
+"""Reads ``sql/*.sql`` into named statements for one dialect.
 
-Knows the file's form and where SQLite and PostgreSQL differ. Knows nothing of connections or of what a statement does.
+Knows the files' form and where SQLite and PostgreSQL differ. Knows nothing of connections or of what a statement does.
+
+Each statement stands under a line ``-- name --`` and a sentence. One text serves both databases; where they differ
+stands a ``$name``, filled in here. Times are whole milliseconds since 1970 by the database's own clock (``$now``).
 """
 
 from __future__ import annotations
@@ -38,10 +41,15 @@ DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
 
 @cache
 def queries(dialect: str) -> Mapping[str, TextClause]:
-    """Return every statement of ``queries.sql`` by name, ready for ``"sqlite"`` or ``"postgresql"``."""
-    source = files(__package__).joinpath("queries.sql").read_text("utf-8")
-    _preamble, *parts = _HEADING.split(source)
-    return {name: _statement(body, dialect) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    """Return every statement of ``sql/*.sql`` by name, ready for ``"sqlite"`` or ``"postgresql"``."""
+    statements: dict[str, TextClause] = {}
+    for file in sorted(files(__package__).joinpath("sql").iterdir(), key=lambda file: file.name):
+        _preamble, *parts = _HEADING.split(file.read_text("utf-8"))
+        for name, body in zip(parts[::2], parts[1::2], strict=True):
+            if name in statements:
+                raise ValueError(f"two statements have the name {name}")
+            statements[name] = _statement(body, dialect)
+    return statements
 
 
 def _statement(body: str, dialect: str) -> TextClause:

@@ -1,6 +1,7 @@
 """The life of a job: its states, the moves between them, and how one attempt at it can end.
 
-Knows names and rules. Knows nothing of rows, workers or time: ``queries.sql`` makes the moves, guarded by state.
+Knows names and rules. Knows nothing of rows, workers or time: the statements of ``sql/predictions.sql`` make the
+moves, guarded by state.
 """
 
 from __future__ import annotations

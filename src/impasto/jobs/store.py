@@ -1,4 +1,4 @@
-"""The queue and the truth about every job; each method is one transaction over statements of ``queries.sql``.
+"""The queue and the truth about every job; each method is one transaction over statements of ``sql/``.
 
 Knows jobs, leases and the order of work. Knows nothing of HTTP, of what an input means or of how a job is run.
 

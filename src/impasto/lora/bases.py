@@ -1,52 +1,66 @@
 """Which base model a LoRA file was made for, and what a file is that is no LoRA.
 
-Knows how the field's models and files are laid out: widths, names of blocks, words of the metadata. Reads no files and
-knows nothing of the model at hand.
+Knows how Stable Diffusion's models and files are laid out: widths, names of blocks, words of the metadata. Models with
+other names are in ``families``. Reads no files and knows nothing of the model at hand.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from impasto.lora.families import foreign_family
 
 SDXL, REFINER, SD1, SD2, UNKNOWN = "SDXL", "SDXL refiner", "SD 1.5", "SD 2", "unknown"
 OURS = (SDXL, REFINER)
+# SDXL's names and widths, all or some, on weights of their own: only metadata tell them, and their LoRAs can be used.
+RELATIVES: Final = ("SSD-1B", "Segmind Vega", "KOALA", "Kolors", "Playground v2")
+
+# A module of a text encoder, and of one that only SDXL and newer models have. The first is the same in SD 1.5, SDXL,
+# SD 3 and Flux, the second in SDXL and SD 3, so neither tells what the rest of a file is for.
+_TEXT = re.compile(
+    r"(^|[._])(te\d?|text_encoders?(_\d)?|clip_[lgh]|t5xxl|text_model|conditioner|cond_stage_model)[._]"
+    r"|(^|[._])encoder[._](layers|block)[._]\d+[._]|transformer[._]resblocks[._]\d"
+)
+_SECOND = re.compile(r"(^|[._])(te2|text_encoder_2|clip_g)[._](?!.*encoder[._]block[._])")
+_ONLY_ONE = re.compile(r"(^|_)lora_te_")
 
 # What a cross-attention's key and value read: the width of the text embedding, by which the families differ.
 _CONTEXT = re.compile(r".*attn2[._](processor[._])?to_[kv]$")
 _WIDTHS = {2048: SDXL, 1280: REFINER, 768: SD1, 1024: SD2}
 
-# Names of modules that only one family has; the first that fits.
+# Names of modules that only one of the U-Nets has; the first that fits.
 _NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), family)
     for pattern, family in (
-        (r"motion_modules[._]", "AnimateDiff"),
-        (r"lora_prior_", "Stable Cascade"),
-        (r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]\d", "Flux"),
-        (r"(^|[._])joint_blocks[._]\d|(^|[._])transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj", "SD 3"),
-        (r"(^|[._])transformer_blocks[._]\d+[._](img|txt)_m(lp|od)", "Qwen-Image"),
-        (r"(^|diffusion_model[._]|transformer[._]|unet_)blocks[._]\d+[._](cross_attn|self_attn|ffn)[._]", "Wan"),
-        (r"^(lora_)?(transformer[._]|diffusion_model[._]|unet_)?(transformer_)?(blocks|layers)[._]\d", "a transformer"),
-        (r"(^|[._])(te2|text_encoder_2|clip_g)[._]", SDXL),
         (
             r"[78]_1_transformer_blocks_[2-9]_|blocks[._][12][._]attentions[._]\d[._]transformer_blocks[._][4-9][._]",
             SDXL,
         ),
         (r"input_blocks[._][12][._]1[._]|output_blocks[._](9|1[01])[._]1[._]", SD1),
-        (r"down_blocks[._]0[._]attentions[._]|up_blocks[._]3[._]attentions[._]|(^|_)lora_te_", SD1),
+        (r"down_blocks[._]0[._]attentions[._]|up_blocks[._]3[._]attentions[._]", SD1),
     )
 )
 
-# Words of ``modelspec.architecture`` and ``ss_base_model_version``.
-_WORDS: tuple[tuple[str, str], ...] = (
+# Words of what trainers note.
+_RELATED: Final = (
+    ("ssd-1b", "SSD-1B"), ("ssd_1b", "SSD-1B"), ("ssd1b", "SSD-1B"), ("segmind-vega", "Segmind Vega"),
+    ("segmind_vega", "Segmind Vega"), ("koala-", "KOALA"), ("kolors", "Kolors"), ("playground-v2", "Playground v2"),
+)  # fmt: skip
+_WORDS: Final = (
+    *_RELATED,
     ("xl-v1-refiner", REFINER), ("xl-refiner", REFINER), ("sdxl", SDXL), ("xl-v1", SDXL), ("xl_v1", SDXL),
+    ("pony", SDXL), ("illustrious", SDXL), ("noobai", SDXL), ("animagine", SDXL),
     ("diffusion-v1", SD1), ("sd_v1", SD1), ("sd_1", SD1), ("sd1", SD1), ("diffusion-v2", SD2), ("sd_v2", SD2),
     ("sd_2", SD2), ("sd2", SD2), ("diffusion-3", "SD 3"), ("diffusion-v3", "SD 3"), ("sd3", "SD 3"), ("flux", "Flux"),
-    ("wan", "Wan"), ("qwen", "Qwen-Image"), ("hunyuan", "Hunyuan"), ("cascade", "Stable Cascade"), ("lumina", "Lumina"),
-    ("pony", SDXL), ("illustrious", SDXL),
+    ("wan2", "Wan"), ("wan-", "Wan"), ("wan_", "Wan"), ("qwen", "Qwen-Image"), ("hunyuan", "Hunyuan"),
+    ("cascade", "Stable Cascade"), ("z-image", "Z-Image"), ("zimage", "Z-Image"), ("lumina", "Lumina"),
+    ("pixart", "PixArt"), ("auraflow", "AuraFlow"), ("chroma", "Chroma"), ("hidream", "HiDream"), ("sana", "Sana"),
 )  # fmt: skip
-_METADATA = ("modelspec.architecture", "ss_base_model_version")
+_METADATA: Final = ("modelspec.architecture", "ss_base_model_version")
+_MODEL_NAME: Final = "ss_sd_model_name"
 
 # What a file without adapters is, by names that only it has; the first that fits.
 _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -76,28 +90,43 @@ _INSTEAD = {
 _EMBEDDING_WIDTHS = (768, 1024, 1280)
 
 
+def of_text(module: str) -> bool:
+    """Whether a module's name is one of a text encoder's."""
+    return _TEXT.search(module) is not None
+
+
+def is_foreign(base: str) -> bool:
+    """Whether a base is known, and is neither SDXL nor one of its relatives."""
+    return base not in (*OURS, *RELATIVES, UNKNOWN)
+
+
 def base_of(modules: Mapping[str, tuple[int, ...] | None], metadata: Mapping[str, str]) -> str:
     """Tell the base model that a LoRA was made for.
 
     Args:
         modules: The file's modules with the shapes of the weights that they are for, where known.
-        metadata: The header's strings, which are asked last, since they are often wrong.
+        metadata: The header's strings, which are asked last, since they are often wrong; only what has SDXL's names
+            and widths is taken for one of its relatives on their word.
 
     Returns:
         One of this file's words, or ``unknown``.
     """
-    widths = [shape[1] for name, shape in modules.items() if shape and len(shape) > 1 and _CONTEXT.match(name)]
-    by_width = _most_common(_WIDTHS[width] for width in widths if width in _WIDTHS)
-    names = list(modules)
-    by_name = _most_common(family for name in names if (family := _by_name(name)))
-    return _foreign(by_name, names) or by_width or by_name or base_of_metadata(metadata) or UNKNOWN
+    image = {name: shape for name, shape in modules.items() if not of_text(name)}
+    told, noted = _of_image(image), base_of_metadata(metadata)
+    if noted in RELATIVES and told in (SDXL, None):
+        return noted
+    texts = modules.keys() - image.keys()
+    if told is None and noted in (None, SD1, SD2) and any(map(_SECOND.search, texts)):
+        return SDXL
+    return told or noted or (SD1 if any(map(_ONLY_ONE.search, texts)) else UNKNOWN)
 
 
 def base_of_metadata(metadata: Mapping[str, str]) -> str | None:
     """Tell the base model by what the trainer wrote down."""
-    for key in _METADATA:
-        words = metadata.get(key, "").lower()
-        for word, family in _WORDS:
+    model = metadata.get(_MODEL_NAME, "").lower()
+    for key, known in ((_MODEL_NAME, _RELATED), *((key, _WORDS) for key in _METADATA)):
+        words = model if key == _MODEL_NAME else metadata.get(key, "").lower()
+        for word, family in known:
             if word in words:
                 return family
     return SD2 if metadata.get("ss_v2") == "True" else None
@@ -113,16 +142,17 @@ def not_a_lora(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
+def _of_image(modules: Mapping[str, tuple[int, ...] | None]) -> str | None:
+    """Tell the base model by the modules that are not a text encoder's: by families' names first, then by widths."""
+    if family := foreign_family(modules):
+        return family
+    widths = [shape[1] for name, shape in modules.items() if shape and len(shape) > 1 and _CONTEXT.match(name)]
+    by_width = _most_common(_WIDTHS[width] for width in widths if width in _WIDTHS)
+    return by_width or _most_common(family for name in modules if (family := _by_name(name)))
+
+
 def _by_name(name: str) -> str | None:
     return next((family for pattern, family in _NAMES if pattern.search(name)), None)
-
-
-def _foreign(family: str | None, names: Collection[str]) -> str | None:
-    """Return the family if it is no U-Net's and most of the names are its own: then widths mean nothing."""
-    if family is None or family in (SDXL, REFINER, SD1, SD2):
-        return None
-    own = sum(_by_name(name) == family for name in names)
-    return family if 2 * own > len(names) else None
 
 
 def _most_common(words: Iterable[str]) -> str | None:

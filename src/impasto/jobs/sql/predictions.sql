@@ -1,28 +1,4 @@
--- Every statement of the store. One text serves SQLite and PostgreSQL; where they differ stands a $name,
--- filled in by queries.py. Times are whole milliseconds since 1970 by the database's own clock ($now).
-
--- create_key --
--- A new key; only the hash of its secret is kept.
-insert into keys (id, name, prefix, secret_hash, created_at)
-values (:id, :name, :prefix, :secret_hash, $now);
-
--- list_keys --
--- All keys, the oldest first, revoked ones too.
-select id, name, prefix, created_at, disabled_at from keys order by created_at, id;
-
--- find_key --
--- The key whose secret has this hash.
-select id, name, prefix, created_at, disabled_at from keys where secret_hash = :secret_hash;
-
--- any_key --
--- One row if some key can still be used.
-select 1 from keys where disabled_at is null limit 1;
-
--- revoke_key --
--- A usable key, named by id or name, is shut off for good.
-update keys set disabled_at = $now
- where (id = :name_or_id or name = :name_or_id) and disabled_at is null
-returning id, name, prefix, created_at, disabled_at;
+-- Jobs: submitted, claimed, kept, ended. How these files are read stands in queries.py.
 
 -- lock_key --
 -- Submits of one key take turns, so that its limits hold; no row means no usable key.
