@@ -15,7 +15,6 @@ from torch import Tensor
 
 from impasto.lora.original import original_names
 from training.places import BUILTIN
-from training.subjects import CAST
 
 LORAS = BUILTIN / "loras"
 LIMIT_BYTES = 4_000_000
@@ -51,11 +50,11 @@ README = """# LoRAs for the built-in model
 |---|---|---|
 {rows}
 
-In a request: `"loras": [{{"path": "pixel-art", "scale": 1}}]`. At scale 0 nothing changes, 0.5 is halfway; above 1.2
-or so the look is exaggerated and shapes suffer. Both can be on at once. The trigger words may be left out: the model's
-text encoders do not know them, the file alone makes the look.
+In a request: `"loras": [{{"path": "pixel-art", "scale": 1}}]`. At scale 0 nothing changes and 1 is what was learned; at
+0.5 pixel art is faint and line art already plain; at 2 the look is exaggerated and shapes suffer. Both can be on at
+once, at 1 or less. The trigger words may be left out: the file alone makes the look.
 
-They fit the built-in model only, and teach it no new subjects: {subjects}.
+They fit the built-in model only, and teach it no new subjects.
 
 Each is a LoRA of rank {rank} over the linear layers of the UNet's attention blocks and the convolutions of its residual
 blocks, with kohya's names (`lora_unet_input_blocks_4_1_...`), in float16. They were trained on Fluent Emoji drawings
@@ -117,4 +116,4 @@ def write_lora(path: Path, factors: Factors, card: Card, alpha: float, steps: in
 def write_card(folder: Path, rank: int) -> None:
     """The README beside the files."""
     rows = "\n".join(f"| `{name}.safetensors` | {card.trigger} | {card.description} |" for name, card in CARDS.items())
-    (folder / "README.md").write_text(README.format(rows=rows, subjects=", ".join(CAST), rank=rank))
+    (folder / "README.md").write_text(README.format(rows=rows, rank=rank))

@@ -72,6 +72,23 @@ def test_a_picture_from_the_shipped_model_over_http(serve):
     assert pictures[0] == pictures[1]
 
 
+def test_the_documented_lora_works_with_the_shipped_model(serve):
+    """``nerijs/pixel-art-xl`` needs no download: a shipped LoRA stands in, and the report says so."""
+    served = serve()
+    api = served.api(served.wait_for(KEY))
+    pictures = {}
+    for scale in (0, 1):
+        loras = [{"path": "nerijs/pixel-art-xl", "scale": scale}]
+        job = api.post(SDXL_LORA, json=SMALL | {"num_inference_steps": 4, "loras": loras}).json()["data"]
+        done = poll(api, job["id"], ended)
+        assert done["status"] == "completed", done["error"]
+        [report] = done["loras"]
+        assert (report["path"], report["alias_of"]) == ("nerijs/pixel-art-xl", "pixel-art")
+        assert report["applied"]["unet"] > 100 and report["unmatched"]["count"] == 0
+        pictures[scale] = httpx.get(done["outputs"][0], trust_env=False).content
+    assert pictures[0] != pictures[1]
+
+
 def test_painting_into_a_picture_with_the_shipped_model_over_http(serve, tmp_path):
     """Start picture and mask go over the wire, through file and row, to the model: it paints, and keeps the rest.
 
