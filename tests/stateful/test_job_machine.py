@@ -6,21 +6,22 @@ runs whenever it likes. After every step the database must agree with the model.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
-from impasto.jobs.database import open_database, reading, upgrade, writing
+from impasto.jobs.database import open_database, reading, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.records import Job, Lease, NewJob, Output
 from impasto.jobs.states import TERMINAL, Status, check_move
 from impasto.jobs.store import JobStore
+from tests.postgres import drop_database, new_database
 
 MAX_ATTEMPTS = 3
 WORKERS = ("ann", "ben", "cid")
@@ -62,27 +63,19 @@ class Believed:
         return model if model.lease == lease else None
 
 
-def empty_database(folder: str) -> Engine:
-    """A new SQLite file, or the PostgreSQL database that ``TEST_DATABASE_URL`` names, emptied."""
-    url = os.environ.get("TEST_DATABASE_URL")
-    engine = open_database(url or f"sqlite:///{folder}/impasto.db")
-    upgrade(engine)
-    if url:
-        with writing(engine) as db:
-            db.execute(text("truncate keys, predictions, attempts, events"))
-    return engine
-
-
 class JobMachine(RuleBasedStateMachine):
     """Every method of the store in any order; ``leases`` keeps the dead ones too, for the zombies."""
 
     jobs = Bundle("jobs")
     leases = Bundle("leases")
+    new_url: Callable[[str], str]  # of an upgraded, empty database; may use the folder
+    drop: Callable[[str], object]
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.engine = empty_database(self.folder.name)
+        self.url = type(self).new_url(self.folder.name)
+        self.engine = open_database(self.url)
         self.store = JobStore(self.engine)
         self.believed = Believed()
 
@@ -217,9 +210,35 @@ class JobMachine(RuleBasedStateMachine):
         statuses = {self.store.get(id).status for id in self.believed.jobs}
         self.store.close()
         self.engine.dispose()
+        type(self).drop(self.url)
         self.folder.cleanup()
         assert statuses <= TERMINAL
 
 
-TestJobMachine = JobMachine.TestCase
-TestJobMachine.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+def sqlite_file(folder: str) -> str:
+    """A new SQLite file with all tables."""
+    url = f"sqlite:///{folder}/impasto.db"
+    engine = open_database(url)
+    upgrade(engine)
+    engine.dispose()
+    return url
+
+
+class OnSqlite(JobMachine):
+    """The walk over SQLite."""
+
+    new_url = staticmethod(sqlite_file)
+    drop = staticmethod(lambda url: None)
+
+
+class OnPostgresql(JobMachine):
+    """The same over a real PostgreSQL."""
+
+    new_url = staticmethod(lambda folder: new_database())
+    drop = staticmethod(drop_database)
+
+
+TestOnSqlite = OnSqlite.TestCase
+TestOnPostgresql = OnPostgresql.TestCase
+TestOnSqlite.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestOnPostgresql.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)

@@ -1,24 +1,22 @@
 """A fresh job store for each test.
 
-Knows where databases are made: a new SQLite file, and also an emptied PostgreSQL database where the environment
-variable ``TEST_DATABASE_URL`` names one. Knows nothing of what is tested.
+Knows where databases are made: a new SQLite file, and a new database of a real PostgreSQL. Knows nothing of what is
+tested.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
-from impasto.jobs.database import open_database, upgrade, writing
+from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.store import JobStore
-
-POSTGRESQL = os.environ.get("TEST_DATABASE_URL")
+from tests.postgres import drop_database, new_database
 
 
 @pytest.fixture(scope="session")
@@ -31,20 +29,16 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["sqlite", "postgresql"] if POSTGRESQL else ["sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path, empty_sqlite: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, empty_sqlite: Path) -> Iterator[str]:
     """URL of an upgraded, empty database."""
     if request.param == "sqlite":
         shutil.copy(empty_sqlite, tmp_path / "impasto.db")
-        return f"sqlite:///{tmp_path / 'impasto.db'}"
-    assert POSTGRESQL is not None
-    engine = open_database(POSTGRESQL)
-    with writing(engine) as db:
-        db.execute(text("drop schema public cascade"))
-        db.execute(text("create schema public"))
-    upgrade(engine)
-    engine.dispose()
-    return POSTGRESQL
+        yield f"sqlite:///{tmp_path / 'impasto.db'}"
+        return
+    url = new_database()
+    yield url
+    drop_database(url)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_password_in_a_wrong_url_is_not_repeated():
 def test_postgresql_without_its_driver_names_the_package(monkeypatch):
     """An import error deep in a library is no answer to an operator."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(ConfigError, match=r"install psycopg\[binary\]"):
+    with pytest.raises(ConfigError, match=r"install impasto\[postgresql\]"):
         open_database("postgresql://host/impasto")
 
 
