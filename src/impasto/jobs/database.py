@@ -51,7 +51,7 @@ def _open_postgresql(url: URL) -> Engine:
     try:
         return create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, max_overflow=20)
     except ModuleNotFoundError:
-        raise ConfigError("database_url is PostgreSQL's and its driver is missing; install impasto[postgresql]") from None
+        raise ConfigError("database_url is PostgreSQL's, its driver is missing; install impasto[postgresql]") from None
 
 
 def _open_sqlite(url: URL) -> Engine:
