@@ -7,15 +7,20 @@ takes the old LoRA off by subtracting it (a product and a pass), loads the new o
 it (a product, a rounding and a pass), and what it subtracted is not quite what it had added.
 
 Real names and widths, random weights, the same network for both in turn. Files are in bfloat16, where the model's own
-format can hold the factors, and in float16, where it cannot and we add in float32 instead. Prints tables, then one line
-of JSON, which is also written to ``benchmarks/results/lora_switch.json``. ``--mixed`` measures instead, on a GPU if
-there is one, whether a batch of rows with a LoRA each is better run unmerged, and only prints.
+format can hold the factors, and in float16, where it cannot and we add in float32 instead. Timed are a switch between
+two sets that were used before, and a file's whole way: read, put on, taken off, with nothing kept from before but our
+copies of the model's own weights. Where memory allows, also switches between sets whose patched weights are kept.
+
+Prints tables, then one line of JSON, which is also written to ``benchmarks/results/lora_switch.json``. ``--memory N``
+measures instead the process's memory over N switches, and writes ``lora_switch_memory.json``. ``--mixed`` measures,
+on a GPU if there is one, whether a batch of rows with a LoRA each is better run unmerged, and only prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -37,12 +42,17 @@ from torch import Tensor, nn
 
 from benchmarks.full_size import UNET
 from benchmarks.machine import describe
-from impasto.engine.memory import process_memory
+from impasto.engine.memory import free_memory, process_memory
 from impasto.lora.apply import Adapters
+from impasto.lora.budgets import Budgets
 from impasto.types import LoraRef
 
-RESULT = Path(__file__).parent / "results" / "lora_switch.json"
-NARROW = UNET | {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 1, 2)}  # a tenth of the width
+RESULTS = Path(__file__).parent / "results"
+WIDTHS = {
+    "full": UNET,
+    "half": UNET | {"block_out_channels": (160, 320, 640), "attention_head_dim": (5, 5, 10)},
+    "a tenth": UNET | {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 1, 2)},
+}
 MIB = 2**20
 
 Times = dict[str, list[tuple[float, float]]]  # wall and processor seconds of each part
@@ -56,23 +66,26 @@ def main() -> None:
         mixed(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        memory = measure_memory(Path(folder))  # first, while the process has held nothing large
-        unet = make_unet(NARROW if options.narrow else UNET)
-        rows = [
-            measure(unet, Path(folder), rank, dtype, options.runs) for dtype in options.dtypes for rank in options.ranks
-        ]
-    result = {
-        "benchmark": "lora_switch",
-        "width": "a tenth" if options.narrow else "full",
-        "runs": options.runs,
-        "rows": rows,
-        "memory": memory,
-        "machine": describe(),
-    }
-    _print(rows, memory)
-    if not options.narrow:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        if options.memory:
+            measured = measure_memory(Path(folder), options.width, options.memory, options.ranks[0])
+            _report("lora_switch_memory", measured | {"machine": describe()}, keep=True)
+            return
+        unet = make_unet(WIDTHS[options.width])
+        rows = []
+        for dtype, rank in itertools.product(options.dtypes, options.ranks):
+            rows.append(measure(unet, Path(folder), rank, dtype, options.runs))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        kept = None if options.no_copies else kept_weights(unet, Path(folder), options.runs)
+    _print(rows, kept)
+    result = {"width": options.width, "runs": options.runs, "rows": rows, "kept_weights": kept, "machine": describe()}
+    _report("lora_switch", result, keep=options.width == "full")
+
+
+def _report(name: str, result: dict[str, Any], *, keep: bool) -> None:
+    result = {"benchmark": name} | result
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
@@ -129,7 +142,7 @@ def measure(unet: UNet2DConditionModel, folder: Path, rank: int, dtype: str, run
         row[f"ratio_switch_without_reading_{unit}"] = round(
             (other["switch"] - other["read"]) / mine["switch_cached"], 1
         )
-        row[f"ratio_first_use_{unit}"] = round(other["switch"] / (mine["read"] + mine["switch_first"]), 1)
+        row[f"ratio_load_apply_restore_{unit}"] = round(other["switch"] / mine["load_apply_restore"], 1)
     for path in paths:
         path.unlink()
     return row
@@ -155,10 +168,50 @@ def ours(unet: nn.Module, paths: list[Path], runs: int) -> dict[str, Any]:
         _timed(times, "restore", adapters.restore)
         _timed(times, "apply_again", partial(put_on, sets[0]))
     held = adapters.held_bytes
-    adapters.restore()
-    assert all(torch.equal(a, b) for a, b in zip(probe, _probe(unet), strict=True)), "a weight did not come back"
     adapters.clear()
+    _whole_way(unet, paths, runs, times)
+    assert all(torch.equal(a, b) for a, b in zip(probe, _probe(unet), strict=True)), "a weight did not come back"
     return _medians(times) | {f"{name}_mib": round(size / MIB) for name, size in held.items()}
+
+
+def _whole_way(unet: nn.Module, paths: list[Path], runs: int, times: Times) -> None:
+    """Read, put on, take off, with memory for one file and no set, so that every file is read and made ready anew."""
+    adapters = Adapters({"unet": unet}, Budgets(parsed=paths[0].stat().st_size * 3 // 2, prepared=0))
+
+    def load_apply_restore(path: Path) -> None:
+        with adapters.active(adapters.resolve([LoraRef(str(path))])):
+            pass
+        adapters.restore()
+
+    load_apply_restore(paths[1])  # makes the copies of the model's own weights
+    for run in range(runs):
+        _timed(times, "load_apply_restore", partial(load_apply_restore, paths[run % 2]))
+    adapters.clear()
+
+
+@torch.inference_mode()
+def kept_weights(unet: nn.Module, folder: Path, runs: int) -> dict[str, Any] | None:
+    """Time switches between two sets whose patched weights are kept; ``None`` where memory has no room for them."""
+    size = sum(module.weight.nbytes for _, module in targets(unet))
+    if (free_memory() or 0) < 3.5 * size:
+        print("kept weights: not measured, too little memory is free", file=sys.stderr)
+        return None
+    adapters = Adapters({"unet": unet}, Budgets(prepared=2 * size + 64 * MIB))
+    paths = [write_lora(folder / f"kept-{i}.safetensors", unet, 16, torch.float16, i) for i in (0, 1)]
+    sets = [adapters.resolve([LoraRef(str(path))]) for path in paths]
+
+    def put_on(loras: Any) -> None:
+        with adapters.active(loras):
+            pass
+
+    for run in range(4):  # from a set's second time on its weights are kept
+        put_on(sets[run % 2])
+    times: Times = {}
+    for run in range(2 * runs):
+        _timed(times, "switch", partial(put_on, sets[run % 2]))
+    held = adapters.held_bytes["prepared"]
+    adapters.clear()
+    return _medians(times) | {"prepared_mib": round(held / MIB)}
 
 
 @torch.no_grad()
@@ -182,20 +235,28 @@ def theirs(unet: UNet2DConditionModel, paths: list[Path], runs: int) -> dict[str
     return _medians(times) | {"weights_not_restored": round(statistics.mean(changed), 4)}
 
 
-def measure_memory(folder: Path) -> dict[str, Any]:
-    """Resident memory after 10 and after 1,000 switches between four sets, at a tenth of the width."""
-    unet = make_unet(NARROW)
-    paths = [write_lora(folder / f"narrow-{i}.safetensors", unet, 16, torch.float16, i) for i in range(4)]
-    adapters = Adapters({"unet": unet})
+def measure_memory(folder: Path, width: str, switches: int, rank: int) -> dict[str, Any]:
+    """Resident memory after 10 and after more switches between four sets, at three strengths and with all taken off."""
+    unet = make_unet(WIDTHS[width])
+    probe = _probe(unet)
+    paths = [write_lora(folder / f"{i}.safetensors", unet, rank, torch.bfloat16, i) for i in range(4)]
+    adapters = Adapters({"unet": unet}, Budgets(parsed=2**30, prepared=2**30))
     seen = {}
-    for switch in range(1, 1001):
-        with adapters.active(adapters.resolve([LoraRef(str(paths[switch % 4]), 0.8)])):
+    start = time.perf_counter()
+    for switch in range(1, switches + 1):
+        loras = [LoraRef(str(paths[switch % 4]), (0.5, 0.8, 1.0)[switch % 3])] if switch % 10 else []
+        with adapters.active(adapters.resolve(loras)):
             pass
-        if switch in (10, 100, 1000):
+        if switch in (10, 30, 100, 300, 1000, switches):
             gc.collect()
             held = process_memory("VmRSS")
             seen[f"after_{switch}_mib"] = None if held is None else round(held / MIB, 1)
-    return {"width": "a tenth", "sets": 4, **seen}
+            print(f"after {switch} switches: {seen[f'after_{switch}_mib']} MiB", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - start
+    adapters.restore()
+    back = all(torch.equal(a, b) for a, b in zip(probe, _probe(unet), strict=True))
+    facts = {"width": width, "rank": rank, "sets": 12, "switches": switches, "seconds": round(seconds, 1)}
+    return facts | {"every_bit_back": back} | seen
 
 
 @torch.inference_mode()
@@ -206,7 +267,7 @@ def mixed(options: argparse.Namespace) -> None:
     The crossover is the least k from which switching is cheaper.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = make_unet(NARROW if options.narrow or device == "cpu" else UNET, device)
+    unet = make_unet(WIDTHS["a tenth" if device == "cpu" else options.width], device)
     for rank in options.ranks:
         step = {rows: _step_seconds(unet, rows, options.side, options.runs, device) for rows in (1, options.rows)}
         with tempfile.TemporaryDirectory() as folder:
@@ -297,20 +358,21 @@ def _plain(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in targets(unet) if "lora_" not in name)
 
 
-def _print(rows: list[dict[str, Any]], memory: dict[str, Any]) -> None:
-    parts = ("read", "load + apply", "switch, first", "switch, cached", "restore")
-    table = Table("rank", "file", "way", "unit", *parts, "ratio")
+def _print(rows: list[dict[str, Any]], kept: dict[str, Any] | None) -> None:
+    parts = ("read", "put on", "switch, first", "switch, cached", "take off", "whole way")
+    table = Table("rank", "file", "way", "unit", *parts, "ratio of switch, way")
     for row in rows:
         for unit in ("seconds", "cpu_seconds"):
             ours, theirs = row["ours"][unit], row["diffusers"][unit]
             name = (str(row["rank"]), row["file_dtype"])
-            mine = [ours[part] for part in ("read", "apply_first", "switch_first", "switch_cached", "restore")]
-            restore = theirs["unfuse"] + theirs["unload"]
-            other = [theirs["read"], theirs["load"] + theirs["fuse"], theirs["switch"], theirs["switch"], restore]
-            ratio = str(row[f"ratio_switch_{unit}"])
+            names = ("read", "apply_first", "switch_first", "switch_cached", "restore", "load_apply_restore")
+            mine = [ours[part] for part in names]
+            switch, restore = theirs["switch"], theirs["unfuse"] + theirs["unload"]
+            other = [theirs["read"], theirs["load"] + theirs["fuse"], switch, switch, restore, switch]
+            ratio = f"{row[f'ratio_switch_{unit}']} {row[f'ratio_load_apply_restore_{unit}']}"
             table.add_row(*name, "ours", unit, *(f"{value:.2f}" for value in mine), ratio)
             table.add_row(*name, "diffusers", unit, *(f"{value:.2f}" for value in other), "")
-    table.caption = f"memory of 1,000 switches at a tenth of the width: {memory}"
+    table.caption = f"between sets whose patched weights are kept: {kept}"
     Console(file=sys.stdout, width=140).print(table)
 
 
@@ -320,7 +382,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"], help="number formats of the files")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each part")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--narrow", action="store_true", help="a tenth of the width, and write no result")
+    parser.add_argument("--width", choices=WIDTHS, default="full", help="any but the full one writes no result")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="measure memory over N switches instead")
+    parser.add_argument("--no-copies", action="store_true", help="leave out the sets whose patched weights are kept")
     parser.add_argument("--mixed", action="store_true", help="measure mixed batches instead")
     parser.add_argument("--rows", type=int, default=4, help="rows of a mixed batch")
     parser.add_argument("--side", type=int, default=1024, help="pixels of a mixed batch's pictures")

@@ -6,6 +6,7 @@ are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, t
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import typer
 
 from impasto.cli_lora import lora_app
 from impasto.config import GenerateSettings, Settings
-from impasto.errors import ConfigError, ImpastoError, InvalidInput
+from impasto.errors import ConfigError, FieldError, ImpastoError, InvalidInput
 from impasto.types import (
     REFINE_MODES,
     EmbeddingRef,
@@ -69,6 +70,8 @@ def _load(kind: type[AnySettings], ctx: typer.Context) -> AnySettings:
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings. (IMPASTO_CONFIG)")]
 DataDir = Annotated[Path | None, _setting(Settings, "data_dir")]
+DatabaseUrl = Annotated[str | None, _setting(Settings, "database_url")]
+StorageUrl = Annotated[str | None, _setting(Settings, "storage_url")]
 Model = Annotated[str | None, _setting(Settings, "model")]
 Device = Annotated[str | None, _setting(Settings, "device")]
 Dtype = Annotated[str | None, _setting(Settings, "dtype")]
@@ -81,7 +84,10 @@ def serve(
     ctx: typer.Context,
     host: Annotated[str | None, _setting(Settings, "host")] = None,
     port: Annotated[int | None, _setting(Settings, "port")] = None,
+    workers: Annotated[int | None, _setting(Settings, "workers")] = None,
     data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    storage_url: StorageUrl = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -91,7 +97,7 @@ def serve(
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
     config: Config = None,
 ) -> None:
-    """Start the service: the API at once, and a worker that loads the model beside it.
+    """Start the service: the API at once, and workers beside it, one for each GPU, that load the model.
 
     The first start prints an API key. Then, from another terminal:
 
@@ -107,6 +113,8 @@ def serve(
 def worker(
     ctx: typer.Context,
     data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    storage_url: StorageUrl = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -115,7 +123,10 @@ def worker(
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
     config: Config = None,
 ) -> None:
-    """Run one more worker on the same data folder, beside the one that `serve` keeps."""
+    """Run one more worker: on the same data folder, or on another machine with the same database and storage.
+
+    impasto worker --database-url postgresql://impasto@db/impasto --storage-url s3://pictures
+    """
     from impasto.logs import set_up_logging
     from impasto.worker.naming import new_name
     from impasto.worker.process import run
@@ -172,8 +183,9 @@ def generate(
         impasto generate "a fox" --model sdxl-base --refiner sdxl-refiner --refine expert_ensemble_refiner
     """
     settings = _load(GenerateSettings, ctx)
-    loras = tuple(_lora(text, i, settings, config) for i, text in enumerate(settings.lora))
-    _draw(replace(_request(prompt, settings), loras=loras), settings)
+    with _loras_by_option(settings.lora):
+        loras = tuple(_lora(text, settings, config) for text in settings.lora)
+        _draw(replace(_request(prompt, settings), loras=loras), settings)
 
 
 def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
@@ -237,6 +249,17 @@ def keys_revoke(
     print(f"revoked {key.name} ({key.id})", file=sys.stderr)
 
 
+@keys_app.command("webhook-secret")
+def keys_webhook_secret(
+    name: Annotated[str, typer.Argument(help="Name or id of the key.")],
+    rotate: Annotated[bool, typer.Option("--rotate", help="Make another, which signs from now on.")] = False,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> None:
+    """Print what signs a key's webhooks, alone, on standard output."""
+    print(_keys(data_dir, config).named_webhook_secret(name, rotate=rotate))
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line on standard error, not a trace."""
     with _plain_errors():
@@ -261,7 +284,20 @@ def _keys(data_dir: Path | None, config: Path | None) -> KeyStore:
     return KeyStore(database)
 
 
-def _lora(text: str, position: int, settings: GenerateSettings, config: Path | None) -> LoraRef:
+@contextmanager
+def _loras_by_option(loras: list[str]) -> Iterator[None]:
+    """Name a LoRA in an error as the user wrote it, and not by the request's field."""
+    try:
+        yield
+    except FieldError as error:
+        match = re.match(r"loras(?:\.(\d+))?(?:\.|$)", error.field or "")
+        if match is None:
+            raise
+        option = f"--lora {loras[int(match[1])]}" if match[1] else "--lora"
+        raise type(error)(option, error.problem) from None
+
+
+def _lora(text: str, settings: GenerateSettings, config: Path | None) -> LoraRef:
     """Read ``NAME`` or ``NAME:SCALE``, where the name is a file's or what a request to the service would give."""
     name, colon, scale = text.rpartition(":")
     try:
@@ -273,7 +309,7 @@ def _lora(text: str, position: int, settings: GenerateSettings, config: Path | N
         from impasto.worker.loras import LoraLibrary
 
         library = LoraLibrary.of(Settings.load(config, {"model": settings.model}))
-        path = library.find(name, f"--lora {position + 1}", None).file
+        path = library.find(name, "--lora", None).file
     return LoraRef(str(path), number)
 
 

@@ -13,20 +13,22 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, NonNegativeFloat, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
 from impasto.types import LIMITS, REFINE_MODES, SCHEDULERS
 
+CheckerKind = Literal["builtin", "compvis", "hf"]
 PREFIX = "IMPASTO_"
 CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
 DEFAULT_CONFIG = Path("impasto.toml")
 GENERATE_TABLE = "generate"  # TOML table of ``impasto generate``; the service's settings stand at the top level
 
 _FORMAT = "(auto|float32|bfloat16|float16)"
+CHECKERS = r"^\s*(none|(builtin|(compvis|hf):[^,]+)(,\s*(builtin|(compvis|hf):[^,]+))*)\s*$"
 DTYPES = rf"^{_FORMAT}?(,?(unet|vae|text)={_FORMAT})*$"
 
 
@@ -91,19 +93,41 @@ class Settings(_Layered):
         Path("impasto-data"), description="Folder for the database, pictures and LoRAs; made if it is not there."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the job store. Unset: SQLite in data_dir.")
+    storage_url: str | None = Field(
+        None, description="Where pictures and uploads are kept: a folder or s3://bucket/prefix. Unset: in data_dir."
+    )
+    workers: int | None = Field(
+        None, ge=0, le=64, description="Worker processes beside the API. Unset: one for each GPU, else one; 0: none."
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on; 0 takes a free one.")
     public_url: str | None = Field(
         None, pattern=r"^https?://", description="Base of the URLs in answers. Unset: the host the client called."
     )
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="Largest request body taken, in bytes.")
+    max_upload_bytes: int = Field(2**30, gt=0, description="Largest file taken as an upload, in bytes.")
+    upload_quota: int = Field(10 * 2**30, gt=0, description="Bytes that the uploads of one key may take together.")
+    upload_seconds: float = Field(
+        7 * 86400, gt=0, description="Seconds until an upload is deleted; the default is 7 days."
+    )
+    output_seconds: float = Field(
+        0, ge=0, description="Seconds from a job's end until its pictures are deleted; 0 keeps them."
+    )
+    base64_cache_bytes: int = Field(
+        128 * 2**20, ge=0, description="Memory for finished answers with base64, so that each is encoded once."
+    )
     max_queued: int = Field(1000, gt=0, description="Jobs one key may have waiting; beyond it submits get 429.")
     sync_timeout: float = Field(90, gt=0, description="Seconds a synchronous request is held before it turns async.")
+    openai_timeout: float = Field(600, gt=0, description="Seconds a request to /v1 is held; then its job is cancelled.")
     lease_seconds: float = Field(30, gt=0, description="A worker silent for this long loses its jobs to another.")
     max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
     fake_step_seconds: float = Field(0.02, ge=0, description="How long a step of the model 'fake' takes, in seconds.")
+    previews: bool = Field(True, description="Show roughly what pictures of running jobs are becoming.")
+    metrics: Literal["open", "key", "off"] = Field(
+        "open", description="Who may read /metrics: everybody, whoever has an API key, or nobody."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
-    offline: bool = Field(False, description="Fetch nothing from other hosts for requests: no LoRAs, no pictures.")
+    offline: bool = Field(False, description="Call no other hosts for requests: no LoRAs, no pictures, no webhooks.")
     fetch_allow: Annotated[list[str], NoDecode] = Field(
         [], description="Hosts and address blocks that are fetched from though they are not public, such as 10.0.0.0/8."
     )
@@ -111,6 +135,15 @@ class Settings(_Layered):
     fetch_ports: Annotated[list[int], NoDecode] = Field([80, 443], description="Ports that are fetched from.")
     fetch_seconds: float = Field(600, gt=0, description="Longest time for one LoRA's download, in seconds.")
     fetch_revalidate: float = Field(300, ge=0, description="Seconds until a site is asked again for what it has.")
+    lora_memory_bytes: int | None = Field(
+        None, ge=0, description="Main memory for LoRA files read lately. Unset: an eighth of what is free, up to 4 GiB."
+    )
+    lora_switch_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Memory beside the weights for LoRAs that were on lately; twice a LoRA's weights make switches "
+        "copies. Unset: an eighth of what is free, up to 16 GiB.",
+    )
     lora_bytes: int = Field(2 * 2**30, gt=0, description="Largest LoRA that is fetched, in bytes.")
     cache_bytes: int = Field(20 * 2**30, gt=0, description="Disk space for fetched LoRAs; the longest unused go first.")
     lora_aliases: Annotated[dict[str, str], NoDecode] = Field(
@@ -125,12 +158,57 @@ class Settings(_Layered):
         "https://civitai.com", pattern=r"^https?://", description="Civitai, or a mirror of it."
     )
     civitai_token: SecretStr | None = Field(None, description="Key for Civitai, shown to it for every model.")
+    webhook_allow: Annotated[list[str], NoDecode] = Field(
+        [], description="Hosts and address blocks that webhooks are sent to though they are not public."
+    )
+    webhook_http: bool = Field(False, description="Send webhooks to plain http addresses, too.")
+    webhook_ports: Annotated[list[int], NoDecode] = Field([80, 443], description="Ports that webhooks are sent to.")
+    webhook_tries: int = Field(8, ge=1, le=50, description="Times a webhook is sent until somebody takes it.")
+    webhook_pause: float = Field(
+        10, ge=0.1, description="Seconds before a webhook's second try; each later pause is four times as long."
+    )
+    webhook_signatures: Literal["v3", "standard", "both"] = Field(
+        "v3", description="How webhooks are signed: as the hosted API does, by Standard Webhooks, or both."
+    )
 
-    @field_validator("fetch_allow", "fetch_ports", "hf_token_repos", mode="before")
+    @field_validator("fetch_allow", "fetch_ports", "hf_token_repos", "webhook_allow", "webhook_ports", mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
         """Read ``a,b`` from the environment."""
         return _parts(value) if isinstance(value, str) else value
+
+    safety_checker: str = Field(
+        "builtin",
+        pattern=CHECKERS,
+        description="What checks pictures: builtin, compvis:NAME, hf:NAME, several with commas; or none.",
+    )
+    safety_threshold: Annotated[dict[CheckerKind, NonNegativeFloat], NoDecode] = Field(
+        {}, description="Score from which a picture is flagged: for all checkers, or builtin=0.8,hf=0.5."
+    )
+    safety_action: Literal["black", "blur", "error"] = Field(
+        "black", description="What a flagged picture becomes: black, blurred, or the end of its prediction."
+    )
+    safety_allow_disable: bool = Field(True, description="Whether requests may switch the checker off.")
+    safety_check_inputs: bool = Field(False, description="Check start pictures, too.")
+    safety_previews: bool = Field(
+        True, description="Show previews, which nobody checks, of pictures that will be checked."
+    )
+    safety_timeout: float = Field(60, gt=0, description="Longest time for the check of a picture, in seconds.")
+    safety_device: str = Field("auto", description="Where compvis and hf checkers run; auto: on a GPU if there is one.")
+    prompt_denylist: Path | None = Field(
+        None, description="File of words and phrases, one a line, that prompts may not have."
+    )
+
+    @field_validator("safety_threshold", mode="before")
+    @classmethod
+    def _thresholds(cls, value: Any) -> Any:
+        """Read one number for all checkers, or ``builtin=0.8,hf=0.5``, or JSON, from the environment."""
+        if isinstance(value, str):
+            if value.lstrip().startswith("{"):
+                return json.loads(value)
+            if "=" in value:
+                return dict(part.split("=", 1) for part in _parts(value) if "=" in part)
+        return value if isinstance(value, dict) else dict.fromkeys(get_args(CheckerKind), value)
 
     @field_validator("lora_aliases", mode="before")
     @classmethod
@@ -152,8 +230,13 @@ class Settings(_Layered):
 
     @property
     def output_root(self) -> str:
-        """Where pictures are kept: a folder, as a path."""
-        return str(self.data_dir.resolve() / "outputs")
+        """Where pictures are kept: a folder, as a path, or a bucket, as a URL."""
+        return self.storage_url or str(self.data_dir.resolve() / "outputs")
+
+    @property
+    def incoming_dir(self) -> Path:
+        """Folder of uploads that are still coming in."""
+        return self.data_dir.resolve() / "incoming"
 
     @property
     def lora_dir(self) -> Path:
@@ -194,7 +277,7 @@ class GenerateSettings(_Layered):
     lora: Annotated[list[str], NoDecode] = Field(
         [], description="NAME or NAME:SCALE, a file or what a request may name; up to five times, or with commas."
     )
-    image: Path | None = Field(None, description="Start picture: PNG, JPEG or WebP.")
+    image: Path | None = Field(None, description="Start picture: PNG, JPEG, WebP, GIF or BMP.")
     mask: Path | None = Field(None, description="Where to paint in the start picture: white is painted, black kept.")
     strength: float = Field(LIMITS.strength.default, description="How far from the start picture, up to 1.")
     refine: str = Field(REFINE_MODES[0], description=f"Use of the refiner: {', '.join(REFINE_MODES)}.")

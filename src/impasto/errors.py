@@ -4,11 +4,16 @@
 
     ImpastoError                500
     ├── InvalidInput            400  a request field has a wrong value; ``field`` is its path
+    │   └── MediaError          400  a picture cannot be had
     ├── Unauthorized            401  no key, or one we do not know
     ├── NotFound                404  no such thing, or not yours
+    ├── BadRequest              400  something outside the body is wrong: a header, a query parameter
+    ├── Conflict                409  the request does not fit an earlier one
     ├── PayloadTooLarge         413  the body is over the limit
     ├── TooManyRequests         429  over a limit of this key (``retry_after`` seconds)
     ├── Unavailable             503  try again later (``retry_after`` seconds)
+    ├── ContentRefused          400  the safety checker flagged a picture
+    ├── CheckFailed             500  the safety checker did not work, so nothing may be shown
     ├── ModelError              500  a checkpoint cannot be loaded
     ├── LoraError               400  a LoRA cannot be found, read or applied; ``field`` names it
     ├── ConfigError             500  a setting is wrong; start-up stops
@@ -42,6 +47,10 @@ class InvalidInput(FieldError):
     """A field has a wrong type or value; the message says what would be right."""
 
 
+class MediaError(InvalidInput):
+    """A picture could not be fetched or is not there any more."""
+
+
 class LoraError(FieldError):
     """A LoRA could not be found, read or applied."""
 
@@ -56,6 +65,18 @@ class NotFound(ImpastoError):
     """There is no such thing, or it belongs to another key: both look the same from outside."""
 
     status = 404
+
+
+class BadRequest(ImpastoError):
+    """A header or another part outside the body is wrong; the message names it."""
+
+    status = 400
+
+
+class Conflict(ImpastoError):
+    """The request does not fit an earlier one of the same key."""
+
+    status = 409
 
 
 class PayloadTooLarge(ImpastoError):
@@ -82,6 +103,16 @@ class Unavailable(RetryLater):
     """The service cannot take this now."""
 
     status = 503
+
+
+class ContentRefused(ImpastoError):
+    """The safety checker flagged a start picture, or a finished one where the operator gives none in its place."""
+
+    status = 400
+
+
+class CheckFailed(ImpastoError):
+    """The safety checker failed or took too long: what it could not see is not shown."""
 
 
 class ModelError(ImpastoError):

@@ -1,13 +1,15 @@
 """Pictures to file bytes and back: what we write, and what we take from strangers.
 
 Knows Pillow and the fast PNG encoder. Knows no requests, jobs or tensors, opens no path and no address. Bytes from
-outside go through ``read_picture``, which believes nothing but the bytes; what it gives is encoded anew before it
-is kept, so nobody's own bytes are ever stored or served.
+outside go through ``read_picture``, which believes nothing but the bytes; what it gives is encoded anew before a job
+is made of it. An upload alone is kept as it was sent, once ``check_picture`` has said which type it is served as.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,13 +29,24 @@ _SAVE_OPTIONS: dict[OutputFormat, dict[str, Any]] = {
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},
     "webp": {"quality": 90, "method": 0},
 }
-_REMEDY: Final = "send a PNG, JPEG or WebP picture"
+# What is read, by the names of Pillow's decoders. The others are never tried, TIFF among them: its decoder is the
+# largest by far and writes what it thinks of a stranger's file to our standard error.
+INPUT_TYPES: Final = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+}
+_DECODERS: Final = tuple(INPUT_TYPES)
+_REMEDY: Final = "send a PNG, JPEG, WebP, GIF or BMP picture"
 _DAMAGED: Final = "is cut off or damaged: save the picture again and send the whole file"
 _SIGNATURES: Final = {  # what people send instead, by its first bytes in lower case, so that the refusal can name it
-    b"gif8": "a GIF", b"bm": "a BMP", b"ii*\0": "a TIFF", b"mm\0*": "a TIFF", b"8bps": "a Photoshop file",
+    b"ii*\0": "a TIFF", b"mm\0*": "a TIFF", b"8bps": "a Photoshop file",
     b"<svg": "an SVG drawing", b"<?xml": "an XML document or SVG drawing", b"<!doctype html": "an HTML page",
     b"<html": "an HTML page", b"%pdf": "a PDF document", b"pk\x03\x04": "a ZIP archive",
 }  # fmt: skip
+_OURS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")  # WebP apart
 _CONTAINERS: Final = {b"avif": "an AVIF", b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIF"}  # after "ftyp"
 
 
@@ -92,7 +105,7 @@ def decode_payload(text: str, field: str) -> bytes:
     if start.startswith("data:"):
         text = _payload_of_uri(text, field)
     digits = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    _check_bytes(len(digits) * 3 // 4, field)
+    check_bytes(len(digits) * 3 // 4, field)
     try:
         return pybase64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except ValueError:  # also of text that is not ASCII
@@ -103,29 +116,28 @@ def decode_payload(text: str, field: str) -> bytes:
 def read_picture(data: bytes, field: str) -> Image.Image:
     """Decode a picture that somebody sent into RGB, or RGBA where any of it is transparent.
 
-    PNG, JPEG and WebP are told by their bytes. Of an animation the first picture is taken; the camera's orientation
-    is applied; 16-bit values keep their upper eight bits. Size is checked in the header, before anything is decoded.
+    The kinds of ``INPUT_TYPES`` are told by their bytes. Of an animation the first picture is taken; the camera's
+    orientation is applied; 16-bit values keep their upper eight bits. Size is checked in the header, before anything
+    is decoded.
 
     Raises:
         InvalidInput: Another kind of file, too large, cut off or damaged; ``field`` and the message say which.
     """
-    _check_bytes(len(data), field)
-    if not data:
-        raise InvalidInput(field, f"is empty; {_REMEDY}")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
-            _check_pixels(opened.size, field)
-            opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            return _eight_bits(opened)
-    except InvalidInput:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InvalidInput(field, _too_many("far more")) from None
-    except UnidentifiedImageError:
-        raise InvalidInput(field, _DAMAGED if _is_ours(data) else f"is {_kind(data)}; {_REMEDY}") from None
-    except Exception:  # noqa: BLE001  (on damaged bytes the decoders raise a dozen kinds of errors)
-        raise InvalidInput(field, _DAMAGED) from None
+    with _opened(data, field) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _eight_bits(image)
+
+
+def check_picture(data: bytes, field: str) -> str:
+    """Return the content type of a picture that somebody sent, from its header; its pixels are not decoded.
+
+    Raises:
+        InvalidInput: As ``read_picture``; damage behind the header is not seen.
+    """
+    with _opened(data, field) as image:
+        # The JPEG decoder calls a file with several JPEGs, as some cameras write it, by another name.
+        return INPUT_TYPES.get(str(image.format), "image/jpeg")
 
 
 def mask_of(image: Image.Image) -> Image.Image:
@@ -163,7 +175,33 @@ def _payload_of_uri(text: str, field: str) -> str:
     return payload
 
 
-def _check_bytes(count: int, field: str) -> None:
+@contextmanager
+def _opened(data: bytes, field: str) -> Iterator[Image.Image]:
+    """Open a picture's header and check its size; whatever fails in the block is the picture's fault."""
+    check_bytes(len(data), field)
+    if not data:
+        raise InvalidInput(field, f"is empty; {_REMEDY}")
+    try:
+        with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
+            _check_pixels(opened.size, field)
+            yield opened
+    except InvalidInput:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InvalidInput(field, _too_many("far more")) from None
+    except UnidentifiedImageError:
+        raise InvalidInput(field, _DAMAGED if begins_like_picture(data) else f"is {_kind(data)}; {_REMEDY}") from None
+    except Exception:  # noqa: BLE001  (on damaged bytes the decoders raise a dozen kinds of errors)
+        raise InvalidInput(field, _DAMAGED) from None
+
+
+def begins_like_picture(data: bytes) -> bool:
+    """Whether the bytes begin like a kind of picture that is taken."""
+    return data.startswith(_OURS) or data[:4] + data[8:12] == b"RIFFWEBP"
+
+
+def check_bytes(count: int, field: str) -> None:
+    """Raise ``InvalidInput`` if a picture's file has more than ``MAX_INPUT_BYTES``."""
     if count > MAX_INPUT_BYTES:
         most = f"at most {MAX_INPUT_BYTES // 10**6} MB are taken: send a smaller picture"
         raise InvalidInput(field, f"has {count / 1e6:.1f} MB; {most}")
@@ -177,11 +215,6 @@ def _check_pixels(size: tuple[int, int], field: str) -> None:
 
 def _too_many(pixels: str) -> str:
     return f"has too many pixels ({pixels}); at most {MAX_INPUT_PIXELS // 10**6} million are taken: scale it down"
-
-
-def _is_ours(data: bytes) -> bool:
-    """Whether the bytes begin like a kind of picture that is taken."""
-    return data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or data[:4] + data[8:12] == b"RIFFWEBP"
 
 
 def _kind(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""``impasto serve``: the API in this process and a supervised worker beside it.
+"""``impasto serve``: the API in this process and supervised workers beside it.
 
 Knows how the rooms are put together to run on one machine. Holds no logic of the rooms, and imports no torch.
 """
@@ -8,18 +8,22 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
 from impasto.api.app import create_app
+from impasto.api.server import Server
 from impasto.config import Settings
 from impasto.errors import ConfigError, ModelError
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
+from impasto.jobs.workers import WorkerReports
 from impasto.logs import set_up_logging
 from impasto.models.catalog import check_roles, find_model
+from impasto.worker.devices import count_gpus, worker_devices
 from impasto.worker.naming import FAKE_MODEL
 from impasto.worker.supervisor import Supervisor
 
@@ -44,14 +48,15 @@ def serve(settings: Settings) -> None:
     listener = _listen(settings)
     app = create_app(settings, store, keys, OutputStore(settings.output_root))
     # Our own log format; no access log, because a picture's URL is all that protects it.
-    server = uvicorn.Server(
+    server = Server(
+        app,
         uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
             server_header=False,
-        )
+        ),
     )
     hopeless: list[bool] = []
 
@@ -59,17 +64,26 @@ def serve(settings: Settings) -> None:
         hopeless.append(True)
         server.should_exit = True
 
-    supervisor = Supervisor(settings, on_death=store.abandon, on_hopeless=give_up)
+    def bury(worker: str) -> None:
+        store.abandon(worker)
+        WorkerReports(database).remove(worker)
+
+    supervisors = [
+        Supervisor(settings.model_copy(update={"device": device}), on_death=bury, on_hopeless=give_up)
+        for device in worker_devices(settings.device, settings.workers, count_gpus())
+    ]
     # uvicorn passes SIGTERM on to whoever had it before; by default that would end us before the worker is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _announce(listener, keys, settings)
-    supervisor.start()
+    for supervisor in supervisors:
+        supervisor.start()
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
-        supervisor.stop()
+        with ThreadPoolExecutor(max(1, len(supervisors))) as stopping:  # together: each may finish a step first
+            list(stopping.map(Supervisor.stop, supervisors))
         database.dispose()
     if hopeless:
         raise ModelError(f"model {settings.model!r} cannot be run with these settings; the worker said why, above")

@@ -68,7 +68,8 @@ class Limits:
     engine_side: Bounds = Bounds(64, 4096, 1024)  # pixels, as the engine takes it
     side_multiple: int = 8  # pixels per latent cell
     num_inference_steps: Bounds = Bounds(1, 50, 30)
-    guidance_scale: Bounds = Bounds(0, 10, 5)
+    guidance_scale: Bounds = Bounds(0, 10, 5)  # as most compatible routes take it
+    engine_guidance_scale: Bounds = Bounds(0, 20, 5)  # as the engine takes it
     num_images: Bounds = Bounds(1, 4, 1)
     seed: Bounds = Bounds(-1, 9_999_999_999, -1)  # -1 draws one
     guidance_rescale: Bounds = Bounds(0, 1, 0)
@@ -173,6 +174,7 @@ class GenerationRequest:
                 raise InvalidInput(name, f"must be a whole number, got {str(getattr(self, name))[:40]}")
         for side in ("width", "height"):
             check_side(side, getattr(self, side), LIMITS.engine_side)
+        LIMITS.engine_guidance_scale.check("guidance_scale", self.guidance_scale)
         for name in _BOUNDED:
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
@@ -212,7 +214,7 @@ _PICTURES: Final = ("image", "mask_image")
 _CHOICES: Final = {"scheduler": SCHEDULERS, "refine": REFINE_MODES, "prompt_syntax": PROMPT_SYNTAXES}
 _WHOLE: Final = ("width", "height", "num_inference_steps", "num_images", "seed", "reuse_features")
 _BOUNDED: Final = (
-    "num_inference_steps", "guidance_scale", "num_images", "seed", "guidance_rescale", "strength", "high_noise_frac",
+    "num_inference_steps", "num_images", "seed", "guidance_rescale", "strength", "high_noise_frac",
     "aesthetic_score", "negative_aesthetic_score", "guidance_start", "guidance_end", "reuse_features",
 )  # fmt: skip
 
@@ -251,8 +253,8 @@ def check_side(field_path: str, pixels: int, bounds: Bounds = LIMITS.side) -> No
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[*xX×]\s*(\d{1,6})\s*")
 
 
-def parse_size(text: str, field_path: str = "size") -> tuple[int, int]:
-    """Read ``"W*H"`` (or ``"WxH"``) into ``(width, height)`` in pixels.
+def parse_size(text: str, field_path: str = "size", bounds: Bounds = LIMITS.side) -> tuple[int, int]:
+    """Read ``"W*H"`` (or ``"WxH"``) into ``(width, height)`` in pixels, each inside ``bounds``.
 
     Raises:
         InvalidInput: Not two whole numbers, or a side out of range or off the grid.
@@ -261,8 +263,8 @@ def parse_size(text: str, field_path: str = "size") -> tuple[int, int]:
     if match is None:
         raise InvalidInput(field_path, f'must look like "1024*1024" (width*height in pixels), got {text[:40]!r}')
     width, height = int(match[1]), int(match[2])
-    check_side(field_path, width)
-    check_side(field_path, height)
+    check_side(field_path, width, bounds)
+    check_side(field_path, height, bounds)
     return width, height
 
 
@@ -274,6 +276,8 @@ class Progress:
     step: int  # steps done, averaged over the images of the request and rounded down
     total: int  # steps that run: fewer than asked for with a start picture, more with a second pass
     seconds: float  # wall time of this step's network call
+    sigma: float | None = None  # noise level that is left, of the image that has the most
+    batch: int = 1  # images, of all requests, that moved in this step
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +307,7 @@ class Finished:
     request_id: str
     seconds: float  # wall time from the first denoising step to the last picture
     reports: tuple[Any, ...] = ()  # a ``lora.report.LoraReport`` for each LoRA, which this file may not import
+    stages: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: encode, denoise, decode
 
 
 @dataclass(frozen=True, slots=True)

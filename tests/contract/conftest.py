@@ -22,6 +22,7 @@ import uvicorn
 from PIL import Image
 
 from impasto.api.app import create_app
+from impasto.api.server import Server
 from impasto.config import Settings
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
@@ -52,6 +53,8 @@ class Stack:
     outputs: OutputStore
     url: str
     key: str
+    app: Any
+    server: Server
     clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, key: str | None = None, **headers: str) -> httpx.Client:
@@ -108,14 +111,14 @@ def serving(folder: Path, **overrides: Any) -> Iterator[Stack]:
     upgrade(engine)
     store, keys, outputs = JobStore(engine), KeyStore(engine), OutputStore(str(folder / "outputs"))
     app = create_app(settings, store, keys, outputs)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=2))
+    server = Server(app, uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=2))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
             thread.join(0.01)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        stack = Stack(settings, store, keys, outputs, url, keys.create("first"))
+        stack = Stack(settings, store, keys, outputs, url, keys.create("first"), app, server)
         try:
             yield stack
         finally:

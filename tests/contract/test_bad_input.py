@@ -92,6 +92,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"loras": "a/b"}, "/loras", "must be an array of objects {path, scale}"),
     ({"loras": LORA}, "/loras", "must be an array of objects {path, scale}"),
     ({"loras": ["a/b"]}, "/loras/0", 'must be an object {"path", "scale"}, got "a/b"'),
+    ({"loras": ["a/b"]}, "/loras/0", '; write {"path": "a/b", "scale": 1}'),
     ({"loras": [LORA, None]}, "/loras/1", 'must be an object {"path", "scale"}, got null'),
     ({"loras": [{"path": 5}]}, "/loras/0/path", "must be a string, got 5"),
     ({"loras": [LORA | {"scale": "1"}]}, "/loras/0/scale", 'must be a number, got "1"'),
@@ -107,7 +108,13 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"image": 5}, "/image", "must be a string, got 5"),
     ({"image": {"url": "x"}}, "/image", "must be a string, got an object"),
     ({"image": "http://example.com/a.png"}, "/image", "is a URL that must be https"),
-    ({"mask_image": "data:image/png;base64,AA=="}, "/mask_image", "send a PNG, JPEG or WebP picture"),
+    ({"mask_image": "data:image/png;base64,AA=="}, "/mask_image", "send a PNG, JPEG, WebP, GIF or BMP"),
+    # of other services
+    ({"mask": 5}, "/mask", "must be a string, got 5"),
+    ({"lora_scale": 4.1}, "/lora_scale", "must be between 0 and 4, got 4.1"),
+    ({"lora_scale": "1", "loras": [{"path": "a/b"}]}, "/lora_scale", 'must be a number, got "1"'),
+    ({"apply_watermark": 1}, "/apply_watermark", "must be true or false, got 1"),
+    ({"disable_safety_checker": "no"}, "/disable_safety_checker", 'must be true or false, got "no"'),
     # what this server has not
     ({"refine": "expert_ensemble_refiner"}, "/refine", "this server has no refiner: send no_refiner, or have the"),
     ({"refine": "BASE_MODEL_REFINER"}, "/refine", "asks for expert_ensemble_refiner, and this server has no refiner"),
@@ -133,11 +140,18 @@ def test_every_field_of_every_model_is_broken_above() -> None:
     assert {field.name for model in MODELS for field in model.fields} <= broken
 
 
-def test_loras_on_a_model_without_them_are_refused(http: httpx.Client) -> None:
-    """They would otherwise be left out silently. An empty list is nothing, and is taken."""
-    body = {"prompt": "a cat", "loras": [LORA]}
-    assert '"/loras": takes at most 0 items' in refusal(http.post("/api/v3/wavespeed-ai/sdxl", json=body), 400)
-    submit(http, "wavespeed-ai/sdxl", loras=[])
+@pytest.mark.parametrize("loras", [[LORA], [], ["a/b"], 5])
+def test_loras_are_an_unknown_key_to_a_model_without_them(stack: Stack, http: httpx.Client, loras: object) -> None:
+    """Some clients send them to every model; like any key that a model does not have, they are ignored."""
+    data = submit(http, "wavespeed-ai/sdxl", loras=loras, lora_scale="x")
+    assert stack.store.get(data["id"]).input["request"]["loras"] == []
+
+
+@pytest.mark.parametrize("kind", ["data", "files"])
+def test_a_form_is_told_to_be_json(http: httpx.Client, kind: str) -> None:
+    """A common slip with HTTP libraries; the message names the remedy."""
+    form = {"data": {"prompt": "a cat"}} if kind == "data" else {"files": {"prompt": b"a cat"}}
+    assert "send the fields as a JSON object, not as a form" in refusal(http.post(PATH, **form), 400)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from impasto.config import GenerateSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/settings.md",
-    "docs/dependencies.md", "docs/prompts.md", "docs/models.md", "docs/speed.md", "docs/parity.md",
-    "docs/loras.md", "docs/lora-conformance.md", "docs/lora-switching.md", "docs/fetching.md",
-    "training/README.md", "src/impasto/models/builtin/README.md",
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "training/README.md",
+    "src/impasto/models/builtin/README.md", "src/impasto/models/builtin/loras/README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]  # fmt: skip
 README = (ROOT / "README.md").read_text()
 

@@ -64,7 +64,6 @@ def test_an_unknown_model_is_404_and_names_those_there_are(http: httpx.Client) -
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
         ("GET", "/nothing/here", 404),
         ("GET", "/docs", 404),
         ("GET", "/api/v3/no/such-thing", 404),

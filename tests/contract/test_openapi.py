@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from impasto.api.fields import SCALE
-from impasto.api.models import MODELS
+from impasto.api.models import MODELS, STABILITY, WAVESPEED, Ranges
 from impasto.types import LIMITS, OUTPUT_FORMATS, REFINE_MODES, Bounds
 
 from .conftest import MODEL, Stack, refusal, submit
@@ -38,9 +38,17 @@ def properties(openapi: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], path: str) -> None:
-    """Stated once, published everywhere: no range in the schema differs from ``LIMITS``."""
-    fields = properties(openapi, path)
+def test_the_schema_of_a_model_is_its_row_of_the_table(openapi: dict[str, Any], path: str) -> None:
+    """Stated once, published everywhere: fields, order and ranges are those of ``MODELS``."""
+    model = next(model for model in MODELS if path.endswith(f"/{model.id}"))
+    schema = openapi["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema == json.loads(json.dumps(model.schema()))
+
+
+@pytest.mark.parametrize(("vendor", "ranges"), [("wavespeed-ai", WAVESPEED), ("stability-ai", STABILITY)])
+def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], vendor: str, ranges: Ranges) -> None:
+    """What a form shows is what the engine takes."""
+    fields = properties(openapi, f"/api/v3/{vendor}/sdxl-lora")
 
     def ends(schema: dict[str, Any]) -> tuple[float, float]:
         return schema["minimum"], schema["maximum"]
@@ -48,12 +56,16 @@ def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], path: str)
     def bounds(limit: Bounds) -> tuple[float, float]:
         return limit.low, limit.high
 
-    for name in ("num_inference_steps", "guidance_scale", "num_images", "seed", "strength", "high_noise_frac"):
+    for name in ("num_images", "seed", "strength", "high_noise_frac", "lora_scale"):
         assert ends(fields[name]) == bounds(getattr(LIMITS, name)), name
-    assert ends(fields["size"]) == bounds(LIMITS.side)
+    for name in ("num_inference_steps", "guidance_scale"):
+        assert ends(fields[name]) == bounds(getattr(ranges, name)), name
+        assert fields[name]["default"] == getattr(ranges, name).default
+    assert ends(fields["size"]) == bounds(ranges.side)
     assert fields["size"]["multipleOf"] == LIMITS.side_multiple
     assert ends(fields["loras"]["items"]["properties"]["scale"]) == bounds(LIMITS.lora_scale)
-    assert fields["loras"]["maxItems"] == (LIMITS.max_loras if path.endswith("-lora") else 0)
+    assert fields["loras"]["maxItems"] == LIMITS.max_loras
+    assert "loras" not in properties(openapi, f"/api/v3/{vendor}/sdxl")
     assert fields["prompt"]["maxLength"] == LIMITS.max_prompt_chars
     assert fields["output_format"]["enum"] == list(OUTPUT_FORMATS)
     assert fields["refine"]["enum"] == list(REFINE_MODES)
@@ -79,43 +91,80 @@ def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:
         "scheduler": "euler",
         "refine": "no_refiner",
         "high_noise_frac": 0.8,
+        "lora_scale": 1,
+        "apply_watermark": False,
+        "disable_safety_checker": False,
     }
 
 
 def test_the_schema_has_every_route_and_its_refusals(openapi: dict[str, Any]) -> None:
     """Paths, keys, success and error bodies; no 422, which is never sent."""
     reads = [f"/api/{v}/predictions/{{prediction_id}}{end}" for v in ("v2", "v3") for end in ("", "/result")]
-    assert set(openapi["paths"]) == {*PATHS, *reads, "/outputs/{blob}", "/health"}
     for path in PATHS:
         route = openapi["paths"][path]["post"]
-        assert {"200", "400", "401", "413", "429", "default"} == set(route["responses"])
+        assert {"200", "400", "401", "409", "413", "429", "default"} == set(route["responses"])
         assert route["security"]
+        assert [parameter["name"] for parameter in route["parameters"]] == ["Idempotency-Key", "webhook"]
     for path in reads:
-        assert {"200", "401", "404", "default"} == set(openapi["paths"][path]["get"]["responses"])
+        assert {"200", "401", "404", "default"} <= set(openapi["paths"][path]["get"]["responses"])
     assert "HTTPValidationError" not in openapi["components"]["schemas"]
     assert "422" not in str(openapi["paths"])
     assert set(openapi["components"]["schemas"]) >= {"Envelope", "Prediction", "ErrorBody"}
     assert "executionTime" in openapi["components"]["schemas"]["Prediction"]["properties"]
 
 
+def test_both_versions_have_the_same_routes(openapi: dict[str, Any]) -> None:
+    """They differ in their paths alone."""
+    paths = {v: {path[7:]: set(routes) for path, routes in openapi["paths"].items() if path[:8] == f"/api/{v}/"}
+             for v in ("v2", "v3")}  # fmt: skip
+    assert paths["v2"] == paths["v3"] != {}
+
+
+def spread_of(schema: dict[str, Any]) -> str:
+    """The range of a field in words."""
+    if "maximum" in schema:
+        return f"{schema['minimum']:g} to {int(schema['maximum'])}"
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    return f"at most {schema['maxItems']}" if schema.get("maxItems") else ""
+
+
 def row(field: Any, prefix: str = "") -> str:
     """One line of the request table, made from the field itself."""
     schema = field.schema()
-    spread = ""
-    if "maximum" in schema:
-        spread = f"{schema['minimum']:g} to {int(schema['maximum'])}"
-    elif "enum" in schema:
-        spread = ", ".join(schema["enum"])
-    elif schema.get("maxItems"):
-        spread = f"at most {schema['maxItems']}"
+    spread = spread_of(schema)
     default = "required" if field.name == "prompt" else json.dumps(schema.get("default", "none")).strip('"')
     return f"| `{prefix}{field.name}` | {schema['type']} | {default or 'empty'} | {spread} | {field.description} |"
 
 
-@pytest.mark.parametrize("field", MODELS[0].fields, ids=lambda field: field.name)
-def test_the_docs_table_is_the_form(field: Any) -> None:
-    """Each line of the request table in docs/api.md is what the code checks."""
-    assert row(field) in DOCS.read_text().splitlines()
+def table(heading: str) -> list[str]:
+    """The rows of the first table below a heading of docs/api.md."""
+    below = DOCS.read_text().split(f"\n{heading}\n")[1]
+    return re.findall(r"^\|.*\|$", re.split(r"\n#+ ", below)[0], re.MULTILINE)[2:]
+
+
+def test_the_docs_table_is_the_form() -> None:
+    """The table of fields is what the code checks: no line more or less, in the order of the form."""
+    rows = [row(field) for field in MODELS[0].fields]
+    at = rows.index(row(MODELS[0].fields[4])) + 1
+    inner = [line for line in table("## Fields") if line.startswith("| `loras[].")]
+    assert table("## Fields") == [*rows[:at], *inner, *rows[at:]]
+
+
+def test_the_docs_say_where_the_models_differ() -> None:
+    """For each model its defaults and ranges that are not the first one's, and the fields it does not have."""
+    first = {field.name: row(field) for field in MODELS[0].fields}
+    rows = []
+    for model in MODELS[1:]:
+        has = {field.name: field.schema() for field in model.fields}
+        for name, line in first.items():
+            if name not in has:
+                rows.append(f"| `{model.id}` | `{name}` | not there: ignored |  |")
+            elif row(next(field for field in model.fields if field.name == name)) != line:
+                schema = has[name]
+                default, spread = json.dumps(schema.get("default", "none")).strip('"'), spread_of(schema)
+                rows.append(f"| `{model.id}` | `{name}` | {default} | {spread} |")
+    assert table("### Where the models differ") == rows
 
 
 def test_the_docs_table_has_the_scale_of_a_lora() -> None:
@@ -129,7 +178,8 @@ def test_the_docs_name_every_route_and_model(openapi: dict[str, Any]) -> None:
     for model in MODELS:
         assert f"`{model.id}`" in text
     for path in openapi["paths"]:
-        general = re.sub(r"^(/api/v\d)/[a-z-]+-ai/.*", r"\1/{model}", path.replace("prediction_id", "id"))
+        general = path.replace("/api/v2/", "/api/v3/").replace("prediction_id", "id")  # the page says they are alike
+        general = re.sub(r"^(/api/v3)/[a-z-]+-ai/.*", r"\1/{model}", general)
         assert f"{general}`" in text, path
 
 

@@ -163,9 +163,10 @@ BAD = {
     "bomb": (uri(bomb(30_000, 30_000)), "has too many pixels (far more); at most 50 million"),
     "quiet bomb": (uri(bomb(8000, 8000)), "has too many pixels (8000x8000); at most 50 million"),
     "truncated PNG": (uri(PNG[: len(PNG) // 2]), "is cut off or damaged"),
-    "SVG": (uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "is an SVG drawing; send a PNG, JPEG or"),
+    "SVG": (uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "is an SVG drawing; send a PNG, JPEG, WebP"),
     "HTML": (text(b"<!DOCTYPE html><p>fox"), "is an HTML page"),
-    "GIF": (uri(saved(Image.new("P", (9, 9)), "GIF"), "gif"), "is a GIF"),
+    "half a GIF": (uri(saved(PICTURE, "GIF")[:9999], "gif"), "is cut off or damaged"),
+    "PSD": (text(b"8BPS\0\1"), "is a Photoshop file"),
     "text": (text(b"a picture of a fox, please"), "is text"),
     "no base64": ("a picture: of a fox!", "is neither a data URI nor base64"),
     "URL": ("https://192.168.0.1/fox.png", "could not be reached: give a public address"),
@@ -323,4 +324,4 @@ def test_a_job_whose_picture_is_gone_fails_by_its_name(serve: Serve) -> None:
         failed = read(stack.client(), prediction)
         assert failed["status"] == "failed"
         assert failed["error"] == "image is not stored any more; submit the request again"
-        assert failed["code"] == 1401
+        assert failed["code"] == 1402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import threading
@@ -16,7 +17,7 @@ import pytest
 from impasto.api.waiting import PATIENCE
 from impasto.types import GenerationRequest, LoraRef
 
-from .conftest import MODEL, Stack, read, refusal, submit
+from .conftest import MODEL, Stack, picture, read, refusal, submit
 
 Serve = Callable[..., AbstractContextManager[Stack]]
 
@@ -114,6 +115,44 @@ def test_each_model_has_its_own_defaults(stack: Stack, http: httpx.Client) -> No
     """Two ids share the form but not the steps and guidance used when none are named."""
     requests = [job_request(stack, submit(http, model)) for model in (MODEL, "stability-ai/sdxl-lora")]
     assert [(request.num_inference_steps, request.guidance_scale) for request in requests] == [(30, 5), (28, 3.5)]
+
+
+def test_each_model_has_its_own_ranges(stack: Stack, http: httpx.Client) -> None:
+    """The other vendor's ids take small sides and strong guidance, and no guidance below 1."""
+    wide = {"size": "256*264", "guidance_scale": 20}
+    for model in ("stability-ai/sdxl-lora", "stability-ai/sdxl"):
+        request = job_request(stack, submit(http, model, **wide))
+        assert (request.width, request.height, request.guidance_scale) == (256, 264, 20.0)
+        for body in ({"size": "248*256"}, {"size": "1024*1544"}, {"guidance_scale": 0.9}, {"guidance_scale": 20.1}):
+            refusal(http.post(f"/api/v3/{model}", json={"prompt": "a cat"} | body), 400)
+    for field, value in wide.items():
+        refusal(http.post(f"/api/v3/{MODEL}", json={"prompt": "a cat", field: value}), 400)
+
+
+@pytest.mark.parametrize("spelling", ["WaveSpeed-AI/SDXL-LoRA", "wavespeed-ai/sdxl-lora/", "Stability-AI/sdxl//"])
+def test_a_models_id_is_known_in_any_case(http: httpx.Client, spelling: str) -> None:
+    """Case and slashes at its end do not matter; the prediction names the model as we do."""
+    assert submit(http, spelling)["model"] == spelling.strip("/").lower()
+
+
+def test_lora_scale_is_for_those_that_name_none(stack: Stack, http: httpx.Client) -> None:
+    """Another service's one scale for all; a LoRA's own wins."""
+    loras = [{"path": "a/b"}, {"path": "c/d", "scale": 2}, {"path": "e/f", "scale": None}]
+    taken = job_request(stack, submit(http, loras=loras, lora_scale=0.6)).loras
+    assert [lora.scale for lora in taken] == [0.6, 2.0, 0.6]
+
+
+def test_a_mask_may_be_called_mask(stack: Stack, http: httpx.Client) -> None:
+    """Another service's name for it, which an empty mask_image does not take away."""
+    png = base64.b64encode(picture(8, 8, 1)).decode()
+    data = submit(http, image=png, mask=png, mask_image="")
+    assert set(stack.store.get(data["id"]).input["pictures"]) == {"image", "mask_image"}
+
+
+def test_fields_of_other_services_are_taken(stack: Stack, http: httpx.Client) -> None:
+    """A watermark is never put in; the checker can be switched off by either name."""
+    data = submit(http, apply_watermark=True, disable_safety_checker=True)
+    assert stack.store.get(data["id"]).input["output"]["safety_checker"] is False
 
 
 def test_null_is_not_given_and_unknown_keys_are_ignored(stack: Stack, http: httpx.Client) -> None:
@@ -256,8 +295,8 @@ def test_sync_mode_at_its_limit_says_5004(serve: Serve) -> None:
         assert read(client, data)["status"] == "completed"
 
 
-def test_a_dropped_sync_request_ends_its_wait_and_not_its_job(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a client hangs up nobody looks at its row any more; the job stays, and can be finished and read."""
+def test_a_dropped_sync_request_is_looked_after_no_more(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a client hangs up nobody looks at its row any more; test_sync.py has what becomes of its job."""
     with serve() as stack:
         looks: list[float] = []
         get = stack.store.get
@@ -267,15 +306,6 @@ def test_a_dropped_sync_request_ends_its_wait_and_not_its_job(serve: Serve, monk
         assert len(looks) >= 2
         time.sleep(2 * PATIENCE)
         assert time.monotonic() - looks[-1] > PATIENCE
-        job = wait_for_job(stack)
-        stack.complete(job)
-        assert stack.client().get(f"/api/v3/predictions/{job.id}").json()["data"]["status"] == "completed"
-
-
-def test_a_webhook_is_refused_and_not_forgotten(stack: Stack, http: httpx.Client) -> None:
-    """This version calls nobody back, and says so instead of leaving the caller to wait."""
-    answer = http.post(f"/api/v3/{MODEL}?webhook=https://example.com/x", json={"prompt": "a cat"})
-    assert '"/webhook"' in refusal(answer, 400)
 
 
 def wait_for_job(stack: Stack) -> Any:

@@ -265,3 +265,33 @@ def test_the_official_client_against_the_real_service(serve):
         Client(api_key="wrong", base_url=served.url).run("wavespeed-ai/sdxl-lora", small)
     with pytest.raises(RuntimeError, match=r"HTTP 400.*num_inference_steps"):
         client.run("wavespeed-ai/sdxl-lora", small | {"num_inference_steps": 51})
+
+
+def test_several_workers_share_the_queue(serve):
+    """``--workers 2`` runs two processes, and both get jobs."""
+    served = serve("--model", "fake", "--workers", "2", IMPASTO_FAKE_STEP_SECONDS="0.2", IMPASTO_MAX_BATCH="1")
+    api = served.api(served.wait_for(KEY))
+    served.wait_for(re.compile(r"(?s)taking jobs.*taking jobs"))
+    assert len(worker_pids(served.process.pid)) == 2
+    ids = [api.post(SDXL_LORA, json=SMALL | {"num_inference_steps": 5}).json()["data"]["id"] for _ in range(4)]
+    assert {poll(api, id, ended)["status"] for id in ids} == {"completed"}
+
+
+def test_a_worker_of_its_own_serves_an_api_without_workers(serve, tmp_path):
+    """``serve --workers 0`` answers and queues; ``impasto worker``, given the database and the storage, draws."""
+    database, storage = f"sqlite:///{tmp_path}/jobs.db", str(tmp_path / "pictures")
+    where = ("--database-url", database, "--storage-url", storage, "--model", "fake")
+    served = serve("--workers", "0", *where)
+    api = served.api(served.wait_for(KEY))
+    job = api.post(SDXL_LORA, json=SMALL).json()["data"]
+    time.sleep(1)
+    assert poll(api, job["id"], lambda data: True)["status"] == "created"
+    assert worker_pids(served.process.pid) == []
+    worker = subprocess.Popen([IMPASTO, "worker", "--data-dir", str(tmp_path / "elsewhere"), *where])
+    try:
+        done = poll(api, job["id"], ended)
+        assert done["status"] == "completed"
+        assert httpx.get(done["outputs"][0], trust_env=False).headers["content-type"] == "image/png"
+    finally:
+        worker.terminate()
+        assert worker.wait(30) == 0

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from impasto.lora.apply import Adapters, Budgets
+from impasto.lora.apply import Adapters
+from impasto.lora.budgets import Budgets
 from impasto.lora.contents import LoraContents
 from impasto.lora.keys import Target
 from impasto.lora.merge import recipe

@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import nn
 
 from impasto.engine.memory import process_memory
-from impasto.lora.apply import Adapters, Budgets
+from impasto.lora.apply import Adapters
+from impasto.lora.budgets import Budgets
 from impasto.lora.contents import LoraContents
 from impasto.lora.keys import Target
 from impasto.lora.patch import LowRank, Patch
@@ -30,7 +31,7 @@ from impasto.types import LoraRef
 
 NETWORKS = ("unet", "refiner", "text_encoder")
 FILES = 6
-BUDGETS = [Budgets(), Budgets(0, 0, 0), Budgets(3000, 2000, 500)]
+BUDGETS = [Budgets(), Budgets(0, 0, 0), Budgets(30_000, 20_000, 500)]  # all, nothing, and a few files and sets
 picks = st.lists(st.tuples(st.integers(0, FILES - 1), st.sampled_from([-1.0, 0.0, 0.3, 1.0, 4.0])), max_size=5)
 parts = st.lists(st.sampled_from(NETWORKS), max_size=3, unique=True)
 

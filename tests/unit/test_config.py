@@ -13,10 +13,18 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "database_url": ("sqlite:////tmp/y.db", "sqlite:////tmp/y.db"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("9000", 9000),
+    "storage_url": ("s3://pictures/impasto", "s3://pictures/impasto"),
+    "workers": ("2", 2),
     "public_url": ("https://pictures.example", "https://pictures.example"),
     "max_body_bytes": ("1000", 1000),
     "max_queued": ("7", 7),
+    "max_upload_bytes": ("1000000", 1_000_000),
+    "upload_quota": ("5000000", 5_000_000),
+    "upload_seconds": ("3600", 3600.0),
+    "output_seconds": ("86400", 86400.0),
+    "base64_cache_bytes": ("0", 0),
     "sync_timeout": ("5.5", 5.5),
+    "openai_timeout": ("60", 60.0),
     "model": ("fake", "fake"),
     "device": ("cpu", "cpu"),
     "dtype": ("bfloat16", "bfloat16"),
@@ -26,6 +34,8 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "lease_seconds": ("3", 3.0),
     "max_attempts": ("1", 1),
     "fake_step_seconds": ("0.5", 0.5),
+    "previews": ("false", False),
+    "metrics": ("key", "key"),
     "log_level": ("debug", "debug"),
     "offline": ("true", True),
     "fetch_allow": ("models.corp, 10.0.0.0/8", ["models.corp", "10.0.0.0/8"]),
@@ -33,6 +43,8 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "fetch_ports": ("443,8443", [443, 8443]),
     "fetch_seconds": ("5", 5.0),
     "fetch_revalidate": ("0", 0.0),
+    "lora_memory_bytes": ("0", 0),
+    "lora_switch_bytes": ("9000000000", 9_000_000_000),
     "lora_bytes": ("1000", 1000),
     "cache_bytes": ("9000", 9000),
     "lora_aliases": ("me/x=civitai:1@2, y=https://h/z?a=b", {"me/x": "civitai:1@2", "y": "https://h/z?a=b"}),
@@ -41,6 +53,21 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "hf_token_repos": ("team/*,me/x", ["team/*", "me/x"]),
     "civitai_endpoint": ("http://civitai.corp:8080", "http://civitai.corp:8080"),
     "civitai_token": ("c_s3cret", SecretStr("c_s3cret")),
+    "webhook_allow": ("hooks.corp,10.0.0.0/8", ["hooks.corp", "10.0.0.0/8"]),
+    "webhook_http": ("true", True),
+    "webhook_ports": ("443,8443", [443, 8443]),
+    "webhook_tries": ("3", 3),
+    "webhook_pause": ("0.5", 0.5),
+    "webhook_signatures": ("both", "both"),
+    "safety_checker": ("builtin, hf:/models/nsfw#medium+high", "builtin, hf:/models/nsfw#medium+high"),
+    "safety_threshold": ("builtin=0.6, hf=0.5", {"builtin": 0.6, "hf": 0.5}),
+    "safety_action": ("error", "error"),
+    "safety_allow_disable": ("false", False),
+    "safety_check_inputs": ("true", True),
+    "safety_previews": ("off", False),
+    "safety_timeout": ("5", 5.0),
+    "safety_device": ("cuda:1", "cuda:1"),
+    "prompt_denylist": ("/etc/impasto/words.txt", Path("/etc/impasto/words.txt")),
 }
 
 
@@ -92,6 +119,8 @@ def test_a_child_process_reads_the_same_settings(monkeypatch):
     [("port = 70000", "port"), ("port = 'x'", "port"), ("prot = 8000", "prot"), ("dtype = 'int8'", "dtype"),
      ("public_url = 'ftp://x'", "public_url"), ("lora_aliases = 'x'", "lora_aliases"),
      ("hf_endpoint = 'x'", "hf_endpoint"),
+     ("safety_checker = 'buildin'", "safety_checker"), ("safety_checker = 'builtin,none'", "safety_checker"),
+     ("safety_threshold = 'hv=0.5'", "safety_threshold"), ("safety_threshold = -1", "safety_threshold"),
      ("max_batch = 0", "max_batch"), ("port = ", "TOML")],
 )  # fmt: skip
 def test_a_wrong_file_stops_start_up_and_is_named(tmp_path, source, phrase):
@@ -106,6 +135,13 @@ def test_aliases_are_a_table_of_the_file(tmp_path):
     (tmp_path / "impasto.toml").write_text('fetch_ports = [443]\n[lora_aliases]\n"me/x" = "o/n@v1"\n')
     settings = Settings.load()
     assert (settings.lora_aliases, settings.fetch_ports) == ({"me/x": "o/n@v1"}, [443])
+
+
+@pytest.mark.parametrize("source", ["0.7", "'0.7'"])
+def test_one_threshold_is_for_all_checkers(tmp_path, source):
+    """As a number and as text."""
+    (tmp_path / "impasto.toml").write_text(f"safety_threshold = {source}")
+    assert Settings.load().safety_threshold == {"builtin": 0.7, "compvis": 0.7, "hf": 0.7}
 
 
 def test_tokens_are_not_shown():

@@ -396,3 +396,36 @@ def test_a_wait_that_nobody_needs_ends(tmp_path, web, cache):
         assert failure.value.reason == "stopped"
         gate.set()
         assert slow.result(10).path.is_file()
+
+
+def test_what_is_kept_does_not_grow_with_the_addresses_asked_for(tmp_path, web, cache, monkeypatch):
+    """Names that lead nowhere, that break off, and many names of one file: locks, index and parts are bounded."""
+    monkeypatch.setattr("impasto.fetch.cache.MOST_ENTRIES", 5)
+    monkeypatch.setattr("impasto.fetch.cache.MOST_PARTS", 6)
+    monkeypatch.setattr("impasto.fetch.cache.LOCK_DIGITS", 1)
+    web.pages |= {"/a": Page(note())}
+    for number in range(40):
+        with pytest.raises(FetchFailed, match="status 404"):
+            fetch(cache, f"{web.url}/none?{number}")
+        fetch(cache, f"{web.url}/a?{number}").release()
+    for number in range(8):
+        web.pages[f"/cut{number}"] = Page(note(of=str(number)), etag='"v"', cut_once=3000)
+        interrupted(cache, web, f"{web.url}/cut{number}")
+    fetch(cache, f"{web.url}/a?last").release()
+    assert len(list((tmp_path / "locks").iterdir())) <= 16 + 1
+    assert len(list((tmp_path / "index").iterdir())) == 5
+    assert len(list((tmp_path / "parts").iterdir())) <= 6
+    asked_before = len(web.asked)
+    fetch(cache, f"{web.url}/a?last", fresh=60).release()
+    assert len(web.asked) == asked_before, "the latest are known"
+    assert fetch(cache, f"{web.url}/a?0", fresh=60).path.read_bytes() == note(), "what was forgotten is asked again"
+
+
+def test_addresses_that_share_a_lock_are_fetched_one_after_the_other(tmp_path, web, cache, monkeypatch):
+    """With one lock for all of them nothing hangs and nothing is mixed up."""
+    monkeypatch.setattr("impasto.fetch.cache.LOCK_DIGITS", 0)
+    for name in "abcdef":
+        web.pages[f"/{name}"] = Page(note(of=name))
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda name: fetch(cache, f"{web.url}/{name}"), "abcdef"))
+    assert [held.path.read_bytes()[-1:] for held in found] == [name.encode() for name in "abcdef"]

@@ -11,8 +11,10 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 from torch import nn
 
+from impasto.engine.engine import Engine
 from impasto.errors import LoraError
-from impasto.lora.apply import Adapters, Budgets
+from impasto.lora.apply import Adapters
+from impasto.lora.budgets import GIB, Budgets
 from impasto.lora.contents import LoraContents
 from impasto.lora.keys import Target
 from impasto.lora.merge import InOrder, Product, recipe
@@ -120,11 +122,11 @@ class Library:
         self.reads = []
         self._contents = {}
 
-    def add(self, name, patches) -> str:
+    def add(self, name, patches, metadata=None) -> str:
         path = self.folder / f"{name}.safetensors"
         path.write_bytes(b"x")
         self._contents[path.resolve()] = LoraContents(
-            {t if isinstance(t, Target) else unet(t): p for t, p in patches.items()}
+            {t if isinstance(t, Target) else unet(t): p for t, p in patches.items()}, metadata=metadata or {}
         )
         return str(path)
 
@@ -206,6 +208,45 @@ def test_both_ways_of_adding_round_like_float32_at_real_widths(shape, stored, fu
     assert (rounded_twice != reference).float().mean() > 0.02  # what this is not
 
 
+def test_a_lone_files_tensors_are_used_as_they_are():
+    """Neither copied nor changed, whatever its scale: getting a set ready costs next to nothing."""
+    weight = torch.randn(64, 32, generator=seeded(0)).bfloat16()
+    for stored in DTYPES:
+        patch = low_rank(weight.shape, 4, dtype=stored, scale=0.37)
+        made = recipe([(patch, 0.7)], weight)
+        assert (made.up.data_ptr(), made.down.data_ptr()) == (patch.up.data_ptr(), patch.down.data_ptr())
+        assert made.fused == (stored == torch.bfloat16)
+
+
+def test_a_file_saved_in_more_digits_than_it_has_is_multiplied_as_bfloat16():
+    """Trained in bfloat16, saved in another format; one number more and it is not."""
+    weight = torch.randn(64, 32, generator=seeded(0)).bfloat16()
+    for stored in (torch.float16, torch.float32):
+        patch = low_rank(weight.shape, 4, dtype=torch.bfloat16, scale=0.37)
+        patch = LowRank(patch.down.to(stored), patch.up.to(stored), patch.scale)
+        assert recipe([(patch, 0.7)], weight).fused
+        patch.down[-1, -1] = 1 + 2**-10
+        made, got = recipe([(patch, 0.7)], weight), torch.empty_like(weight)
+        made.write(got, weight)
+        assert not made.fused
+        assert close(got, weight, [product(patch, weight.shape, 0.7)])
+
+
+def test_where_weight_and_delta_nearly_cancel_the_terms_size_counts():
+    """The stated exception to one unit in the last place: what is left is off by float32's share of the terms."""
+    weight = torch.randn(256, 256, generator=seeded(0)).bfloat16()
+    patch = low_rank(weight.shape, 256, seed=1)
+    up = torch.linalg.solve(patch.down.double().T, -weight.double().T * (1 + 1e-6)).T
+    patch = LowRank(patch.down, up.float(), 1.0)
+    got = torch.empty_like(weight)
+    recipe([(patch, 1.0)], weight).write(got, weight)
+    exact = weight.double() + product(patch, weight.shape)
+    assert exact.abs().max() < 0.01 * weight.double().abs().max()  # they do cancel
+    assert ((got.double() - exact).abs() > 2 * ULP[torch.bfloat16] * exact.abs()).any()  # so one unit is not kept
+    terms = weight.double().abs() + patch.up.double().abs() @ patch.down.double().abs()
+    assert ((got.double() - exact).abs() <= ULP[torch.bfloat16] * exact.abs() + 2**-20 * terms).all()
+
+
 def test_the_fused_way_rounds_once_without_the_cpus_bfloat16_instructions_too():
     """torch's own product, which other processors use, is as exact as oneDNN's."""
     weight = torch.randn(256, 320, generator=seeded(0)).bfloat16()
@@ -241,6 +282,20 @@ def test_strengths_far_apart_do_no_harm(strengths):
     patches = [low_rank(weight.shape, seed=i, scale=1e-3 if max(strengths) > 1e30 else 1.0) for i in range(2)]
     made = recipe(list(zip(patches, strengths, strict=True)), weight)
     assert torch.isfinite(made.up).all() and torch.isfinite(made.down).all()
+
+
+@pytest.mark.parametrize(("scale", "strength"), [(1e39, 1.0), (1e30, 1e-30), (1e-39, 1.0), (0.0, 1.0), (1e-30, 4.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_any_size_give_their_product_or_are_refused(dtype, scale, strength):
+    """An alpha beyond all reason overflows, and is seen; one next to nothing does next to nothing."""
+    weight = torch.randn(8, 6, generator=seeded(0)).to(dtype)
+    patch = low_rank(weight.shape, 2, scale=scale)
+    made, got = recipe([(patch, strength)], weight), torch.empty_like(weight)
+    made.write(got, weight)
+    if scale > 1e38:
+        assert made.risky and not torch.isfinite(got).all()
+    else:
+        assert close(got, weight, [product(patch, weight.shape, strength)])
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-20, 1e15, 0.0])
@@ -626,9 +681,7 @@ def test_a_file_that_changed_while_its_request_waited_is_refused(library):
     assert identical(before, snapshot(network))
 
 
-@pytest.mark.parametrize(
-    "budgets", [Budgets(), Budgets(0, 0, 0), Budgets(10**4, 10**3, 10**3), Budgets(prepared=10**9)]
-)
+@pytest.mark.parametrize("budgets", [Budgets(), Budgets(0, 0, 0), Budgets(10**4, 6000, 10**3), Budgets(prepared=10**9)])
 def test_budgets_bound_what_is_kept_and_change_no_bit(library, budgets):
     """Whatever is kept or dropped, the weights of a set are the same bits every time."""
     network = Small(torch.bfloat16)
@@ -654,6 +707,43 @@ def test_budgets_bound_what_is_kept_and_change_no_bit(library, budgets):
             assert adapters.held_bytes["own"] <= budgets.own + sum(before[name].nbytes for name in names)
     adapters.clear()
     assert set(adapters.held_bytes.values()) == {0}
+
+
+def test_files_with_little_but_words_are_bounded_too(library):
+    """A header of megabytes about one tiny tensor costs what it takes, and so does the least of tensors."""
+    adapters = Adapters({"unet": Small()}, Budgets(parsed=10**6), read=library.read)
+    patch = low_rank((10, 12))
+    for index in range(20):
+        path = library.add(str(index), {"to_q.weight": patch}, metadata={"notes": "x" * 10**5})
+        adapters.resolve([LoraRef(path)])
+    assert adapters.held_bytes["parsed"] == 9 * (10**5 + len("notes") + 1024 + patch.up.nbytes + patch.down.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("free", "given", "expected"),
+    [((32 * GIB, 80 * GIB), (None, None), (4 * GIB, 10 * GIB)), ((8 * GIB, 4 * GIB), (None, None), (GIB, GIB // 2)),
+     ((2**50, 2**50), (None, None), (4 * GIB, 16 * GIB)), ((None, None), (None, None), (GIB, GIB)),
+     ((32 * GIB, 80 * GIB), (0, 5), (0, 5)), ((None, 8 * GIB), (7, None), (7, GIB))],
+)  # fmt: skip
+def test_budgets_are_an_eighth_of_what_is_free_unless_the_operator_says_otherwise(free, given, expected):
+    """Of main memory for files, of the device for what is ready; bounded, and something where nothing is known."""
+    budgets = Budgets.within(*free, *given)
+    assert (budgets.parsed, budgets.prepared, budgets.own) == (*expected, None)
+
+
+def test_an_engine_gives_its_loras_what_the_settings_say(tmp_path):
+    """Zero keeps nothing; unset, there is something."""
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    for bytes_kept in (0, None):
+        engine = Engine.load("builtin", device="cpu", lora_memory_bytes=bytes_kept, lora_switch_bytes=bytes_kept)
+        width = engine._model.base.unet.get_submodule(name).in_features
+        patch = low_rank((width, width))
+        save_file({f"unet.{name}.lora_A.weight": patch.down, f"unet.{name}.lora_B.weight": patch.up}, tmp_path / "a")
+        adapters = engine._adapters
+        with adapters.active(adapters.resolve([LoraRef(str(tmp_path / "a"))])):
+            pass
+        kept = [adapters.held_bytes[name] > 0 for name in ("parsed", "prepared")]
+        assert kept == [bytes_kept is None] * 2
 
 
 def test_own_values_are_kept_only_of_what_was_ever_patched(library):

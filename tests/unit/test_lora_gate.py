@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from impasto.errors import LoraError
 from impasto.lora.gate import GateLimits, Header, check_header
+from impasto.lora.notes import trigger_words
 from impasto.tensorfile import TensorInfo
 
 FIELD = "loras.0.path"
@@ -96,7 +97,7 @@ HOSTILE = {
     "noise": (b"\xfe\xdc\xba\x98" * 99, "not a safetensors file"),
     # A header that lies about itself
     "header of 100 GB": (packed(b"{}", length=100 * 10**9), "not a safetensors file"),
-    "header of 50 MB": (packed(b"{}", length=50_000_000), "has a header of 47.7 MiB, at most 2 MiB"),
+    "header of 50 MB": (packed(b"{}", length=50_000_000), "has a header of 47.7 MiB, at most 32 MiB"),
     "length of all ones": (b"\xff" * 8 + b"{}", "not a safetensors file"),
     "header longer than the file": (packed(b'{"a":', length=5000), "cut short inside its header"),
     "no JSON": (packed(b"{broken!"), "a broken safetensors header"),
@@ -119,8 +120,14 @@ HOSTILE = {
     "no tensors": (packed({}), "holds no tensors"),
     "metadata alone": (packed({"__metadata__": {"format": "pt"}}), "holds no tensors"),
     "60,000 alphas": (lambda at: packed({f"{i:05}": 0 for i in range(60_000)}), "holds 60000 tensors, at most 20000"),
-    "header bloat": (lambda at: packed(many(100_000)), r"has a header of \d+\.\d MiB, at most 2 MiB"),
-    "metadata bloat": (lambda at: packed({"__metadata__": {"a": "x" * 3_000_000}}), "strip its metadata"),
+    "header bloat": (lambda at: packed(many(100_000)), "more than 2 MiB of names and short notes"),
+    "metadata bloat": (
+        lambda at: packed({"__metadata__": {f"{i}": "x" * 2_000_000 for i in range(12)}}),
+        "8 MiB of long texts; strip its metadata",
+    ),
+    "ten million objects": (lambda at: packed(b'{"a":[' + b"{}," * 10_000_000 + b"{}]}"), "more than 2 MiB of names"),
+    "a text that never ends": (lambda at: packed(b'{"' + b'\\"' * 3_000_000), "not the JSON that it should be"),
+    "nothing but quotes": (lambda at: packed(b"{" + b'"' * 31_000_000), "more than 2 MiB of names"),
     "empty objects": (lambda at: packed(b'{"a":[' + b"{}," * 690_000 + b"{}]}"), "a broken safetensors header at 'a'"),
     # Data that are not there, or there twice
     "cut in its data": (pair()[:-1], "is cut short: 2047 of 2048 bytes"),
@@ -155,6 +162,9 @@ HOSTILE = {
     "ranks disagree, adapter": (pair((8, 64), names=("a.lora_A.x.weight", "a.lora_B.x.weight")), "ranks 8 and 4"),
     "ranks disagree, old": (pair((8, 64), names=("a.to_q_lora.down.weight", "a.to_q_lora.up.weight")), "ranks 8 and 4"),
     "rank past reason": (pair(down=(2048, 64), up=(64, 2048)), "has rank 2048 .*at most 1024"),
+    "rank past reason, shared": (
+        pair(down=(2048, 64), up=(64, 2048), names=("base_model.vera_A", "base_model.vera_B")), "has rank 2048",
+    ),
     "half of one axis": (pair(down=(64,)), r"of shape \[64\], which is no half of a low-rank pair"),
 }  # fmt: skip
 
@@ -235,6 +245,48 @@ def test_the_header_has_the_format_s_words(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(pair(dtype="BF16"))
     assert check_header(path, FIELD) == Header({DOWN: TensorInfo("BF16", (4, 64)), UP: TensorInfo("BF16", (64, 4))}, {})
+
+
+def captions(count):
+    """kohya's count of tags, where the pictures' captions are whole sentences."""
+    tags = {
+        f'picture {i} of a "red" caf\u00e9 \U0001f600 at the sea, with a back\\slash and many words': 1
+        for i in range(count)
+    }
+    return json.dumps({"10_cafe": {"inkwash": count} | tags})
+
+
+def test_a_header_of_captions_passes_in_little_memory(tmp_path):
+    """Trainers note every caption: 20 MB of them are read up to a bound, and what stands behind them whole."""
+    path = tmp_path / "lora.safetensors"
+    texts = {"ss_tag_frequency": captions(60_000), "ss_datasets": captions(90_000), "lora_adapter_metadata": "{}"}
+    path.write_bytes(pair(__metadata__=texts))
+    assert path.stat().st_size > 15_000_000
+    tracemalloc.start()
+    try:
+        header = check_header(path, FIELD)
+        assert tracemalloc.get_traced_memory()[1] < BYTES
+    finally:
+        tracemalloc.stop()
+    assert header.tensors.keys() == {DOWN, UP}
+    assert header.metadata["lora_adapter_metadata"] == "{}"
+    assert texts["ss_datasets"].startswith(header.metadata["ss_datasets"])
+    assert len(header.metadata["ss_datasets"]) > 500_000
+    assert trigger_words(header.metadata)[0] == "inkwash"
+
+
+@pytest.mark.parametrize("before", range(8))
+@pytest.mark.parametrize("letter", ["\u00e9", "\U0001f600", '"', "\\", "\x01", "\\\\"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_text_is_never_cut_inside_a_letter(tmp_path, before, letter, ascii_only):
+    """Wherever the cut falls, among bytes of UTF-8 or an escape of JSON, what is left is the text's own beginning."""
+    text = "x" * before + letter * 700_000
+    tensor = json.dumps({"__metadata__": {"a": text}, DOWN: entry((4, 64))}, ensure_ascii=ascii_only).encode()
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(packed(tensor, b"\0" * 1024))
+    cut = check_header(path, FIELD).metadata["a"]
+    assert text.startswith(cut)
+    assert len(cut) > 80_000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from impasto.lora.patch import LowRank, Patch
 from impasto.lora.patches.decomposed import Decomposed
 from impasto.lora.patches.full import Difference, Replacement
 from impasto.lora.patches.generalized import Generalized
+from impasto.lora.patches.input_butterfly import InputButterfly, half_cayley
 from impasto.lora.patches.joined import Joined
 from impasto.lora.patches.products import Hadamard, Half, Kronecker
 from impasto.lora.patches.rotations import (
@@ -17,7 +18,8 @@ from impasto.lora.patches.rotations import (
     cayley,
     cayley_of_upper,
 )
-from impasto.lora.patches.scaled import Scaled
+from impasto.lora.patches.scaled import Scaled, ScaledBias
+from impasto.lora.patches.variants import Vera, adalora
 
 SHAPE = torch.Size((8, 12))
 
@@ -40,6 +42,9 @@ PATCHES: dict[str, Patch] = {
     "output rotated": OutputRotated(cayley(numbers(2, 4, 4)), numbers(8)),
     "butterfly": Butterfly(cayley(numbers(2, 2, 4, 4)), numbers(8)),
     "input rotated": InputRotated(cayley_of_upper(numbers(3, 6), 5)),
+    "vera": Vera(numbers(2, 15)[:, :12], numbers(9, 2)[:8], numbers(2), numbers(8)),
+    "adalora": adalora(numbers(2, 12), numbers(8, 2, seed=1), numbers(2, 1), 0.5),
+    "input butterfly": InputButterfly(half_cayley(numbers(2, 6, 2, 2)), numbers(8)),
     "scaled": Scaled(numbers(8), on_input=False),
     "scaled, inputs": Scaled(numbers(12), on_input=True),
     "difference": Difference(numbers(8, 12)),
@@ -90,7 +95,7 @@ def test_factors_are_the_low_rank_sum(name):
     """Low-rank kinds give the two matrices whose product is added; the others say that they have none."""
     patch = PATCHES[name]
     factors = patch.factors()
-    if name != "low rank":
+    if name not in ("low rank", "vera", "adalora"):
         assert factors is None
         return
     left, right = factors
@@ -131,6 +136,28 @@ def test_the_constraint_binds_only_what_is_over_it():
     norm = (blocks - blocks.mT).norm().item()
     assert torch.equal(cayley(blocks, norm * 1.1), cayley(blocks))
     torch.testing.assert_close(cayley(blocks, norm / 2), cayley(blocks / 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_butterfly_of_the_inputs_keeps_the_lengths_of_rows():
+    """Without a scale PEFT's BOFT turns the rows, in any number of stages; groups that do not divide do not fit."""
+    weight = numbers(*SHAPE, seed=7)
+    for stages, size in ((1, 4), (1, 3), (2, 2), (1, 12)):
+        turned = InputButterfly(half_cayley(numbers(stages, 12 // size, size, size))).patched(weight, 1.0)
+        torch.testing.assert_close(turned.norm(dim=1), weight.norm(dim=1))
+    assert not InputButterfly(torch.zeros(2, 3, 4, 4)).fits(SHAPE)
+    assert not InputButterfly(torch.zeros(2, 4, 3, 3)).fits(SHAPE)
+    assert not InputButterfly(torch.zeros(60, 6, 2, 2)).fits(SHAPE)
+    assert not InputButterfly(torch.zeros(1, 3, 4, 4), torch.ones(7)).fits(SHAPE)
+
+
+def test_a_scaled_bias_is_the_answer_s_part():
+    """A number for each output, and nothing but a bias of that length."""
+    patch = ScaledBias(torch.tensor([1.0, -0.5]), on_input=False)
+    assert torch.equal(patch.patched(torch.tensor([2.0, 4.0]), 1.0), torch.tensor([4.0, 2.0]))
+    assert torch.equal(patch.patched(torch.tensor([2.0, 4.0]), 0.0), torch.tensor([2.0, 4.0]))
+    assert patch.fits(torch.Size((2,)))
+    assert not patch.fits(torch.Size((3,)))
+    assert not patch.fits(torch.Size((2, 2)))
 
 
 def test_butterflies_that_cannot_be_laid_out_do_not_fit():

@@ -12,6 +12,7 @@ from impasto.errors import LoraError
 from impasto.lora.contents import LoraContents, Mismatch
 from impasto.lora.formats import read_lora
 from impasto.lora.keys import Target, TargetNames
+from impasto.lora.report import LoraReport
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 KEY, QUERY, CONV, NORM = f"{ATTENTION}.to_k", f"{ATTENTION}.to_q", "conv_in", "conv_norm_out"
@@ -82,6 +83,34 @@ def test_of_a_module_named_twice_the_diffusers_name_counts(tmp_path):
         contents = read(tmp_path, named(first, one) | named(second, two), model=model)
         torch.testing.assert_close(change(contents), two["lora_up.weight"] @ two["lora_down.weight"])
         assert contents.ignored == (first,)
+
+
+REFINED = TargetNames(SHAPES | {Target("refiner", KEY): (8, 6), Target("refiner", QUERY): (9, 9)})
+
+
+def test_of_a_module_named_twice_each_network_gets_its_best_spelling(tmp_path):
+    """Names that mean other networks may meet on one: there the better spelling counts, elsewhere the other stays."""
+    flat, dotted = low_rank(seed=1), low_rank(seed=2)
+    flat_refiner = f"lora_refiner_{KEY.replace('.', '_')}"
+    for first, second, in_unet, ignored in (
+        (FLAT_KEY, f"refiner.{KEY}", flat, ()),  # both networks' and the refiner's
+        (flat_refiner, f"unet.{KEY}", dotted, (flat_refiner,)),  # the refiner's and both networks'
+    ):
+        contents = read(tmp_path, named(first, flat) | named(second, dotted), model=REFINED)
+        for network, tensors in (("unet", in_unet), ("refiner", dotted)):
+            found = contents.patches[Target(network, KEY)].patched(torch.zeros(8, 6), 1.0)
+            torch.testing.assert_close(found, tensors["lora_up.weight"] @ tensors["lora_down.weight"])
+        assert contents.ignored == ignored
+        assert not contents.unmatched
+
+
+def test_a_better_spelling_that_does_not_fit_pushes_nothing_out(tmp_path):
+    """The dotted name is of another width: the flat one, which fits, is applied, and the mismatch told."""
+    tensors = named(FLAT_KEY, low_rank()) | named(f"unet.{KEY}", low_rank(8, 9))
+    contents = read(tmp_path, tensors)
+    assert set(contents.patches) == {Target("unet", KEY)}
+    assert contents.mismatched == (Mismatch(f"unet.{KEY}", (8, 9), (8, 6)),)
+    assert contents.ignored == ()
 
 
 def test_a_bias_under_another_name_does_not_push_the_weight_out(tmp_path):
@@ -156,6 +185,112 @@ def test_pefts_configuration_in_the_metadata_scales(tmp_path, config, factor):
     torch.testing.assert_close(change(contents), factor * halves["lora_up.weight"] @ halves["lora_down.weight"])
 
 
+def test_the_first_pattern_counts_plain_or_not(tmp_path):
+    """As PEFT takes them: in the file's order, ends of names and expressions alike."""
+    for patterns, alpha in (
+        ({"attn2.to_k": 8, ".*to_k": 4}, 8),
+        ({".*to_k": 4, "attn2.to_k": 8}, 4),
+        ({"to_q": 1, "to_k": 6, KEY: 2}, 6),
+        ({KEY: 2, "to_k": 6}, 2),
+        ({"to_v": 1}, PEFT["unet.lora_alpha"]),
+    ):
+        config = {"lora_adapter_metadata": json.dumps(PEFT | {"unet.alpha_pattern": patterns})}
+        contents = read(tmp_path, named("unet." + KEY, low_rank()), config)
+        assert contents.patches[Target("unet", KEY)].scale == alpha / 2
+
+
+def test_patterns_for_every_module_cost_little(tmp_path):
+    """diffusers may write one for each module, and every module is looked up among them."""
+    shapes = {
+        Target("unet", f"down_blocks.1.attentions.0.transformer_blocks.{i}.attn1.to_q"): (4, 4) for i in range(700)
+    }
+    tensors = {k: t for target in shapes for k, t in named(f"unet.{target.module}", low_rank(4, 4)).items()}
+    patterns = {target.module: i for i, target in enumerate(shapes)} | {f"elsewhere.{i}": 1 for i in range(1200)}
+    config = PEFT | {"unet.alpha_pattern": patterns, "unet.rank_pattern": dict.fromkeys(patterns, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    start = time.perf_counter()
+    contents = read_lora(tmp_path / "a.safetensors", TargetNames(shapes))
+    assert time.perf_counter() - start < 2
+    assert [contents.patches[target].scale for target in shapes] == [i / 2 for i in range(700)]
+
+
+def test_a_rank_pattern_that_is_not_needed_is_not_followed(tmp_path):
+    """The rank of a LoRA is its matrices': an involved pattern for it refuses nothing."""
+    config = {"lora_adapter_metadata": json.dumps(PEFT | {"unet.rank_pattern": {"(a+)+$": 1}})}
+    assert change(read(tmp_path, named("unet." + KEY, low_rank()), config)).any()
+
+
+def test_rotations_that_were_saved_themselves_are_taken_as_they_are(tmp_path):
+    """The first LyCORIS saved diag-OFT's rotations as ``oft_diag``: W' = R^T W, and no alpha."""
+    rotation = torch.linalg.qr(torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1)))[0]
+    tensors = {"oft_diag": rotation, "rescale": torch.full((8, 1), 2.0), "alpha": torch.tensor(4.0)}
+    patch = read(tmp_path, named(FLAT_KEY, tensors)).patches[Target("unet", KEY)]
+    weight = torch.randn(8, 6)
+    torch.testing.assert_close(patch.patched(weight, 1.0), 2 * torch.block_diag(*rotation).T @ weight)
+
+
+def test_vera_s_matrices_are_those_of_its_own_words(tmp_path):
+    """Two networks may each have a pair; a module's is the one under the same words, cut to its size."""
+    tensors = {}
+    for prefix, size in (("unet.base_model.", 1.0), ("text_encoder.base_model.", 2.0)):
+        tensors |= {f"{prefix}vera_A": torch.full((2, 20), size), f"{prefix}vera_B": torch.full((20, 2), size)}
+    for module, out in (
+        (f"unet.base_model.model.{KEY}", 8),
+        ("text_encoder.base_model.model.encoder.layers.0.mlp.fc1", 12),
+    ):
+        tensors |= {f"{module}.vera_lambda_b": torch.full((out,), 3.0), f"{module}.vera_lambda_d": torch.ones(2)}
+    contents = read(tmp_path, tensors)
+    torch.testing.assert_close(change(contents), torch.full((8, 6), 2 * 3.0))
+    text = change(contents, "encoder.layers.0.mlp.fc1", "text_encoder")
+    torch.testing.assert_close(text, torch.full((12, 6), 2 * 3.0 * 4))
+    assert {patch.kind for patch in contents.patches.values()} == {"VeRA"}
+    assert not contents.unmatched
+    assert not contents.ignored
+
+
+def test_modules_that_share_matrices_share_their_memory(tmp_path):
+    """A small file of many VeRA modules stays small: their halves are views of one pair."""
+    tensors = {"base_model.vera_A": torch.ones(2, 20), "base_model.vera_B": torch.ones(20, 2)}
+    for module, out in ((KEY, 8), (QUERY, 8)):
+        tensors |= {f"base_model.model.{module}.vera_lambda_b": torch.ones(out)}
+        tensors |= {f"base_model.model.{module}.vera_lambda_d": torch.ones(2)}
+    one, two = read(tmp_path, tensors).patches.values()
+    assert one.down.data_ptr() == two.down.data_ptr()
+    assert one.up.data_ptr() == two.up.data_ptr()
+
+
+def test_whole_weights_that_peft_saved_beside_its_adapters_replace_the_model_s(tmp_path):
+    """``modules_to_save`` and trained biases: the trainer's own values, its copies of the model's passed over."""
+    halves = {"lora_A.weight": torch.ones(2, 6), "lora_B.weight": torch.ones(8, 2)}
+    conv, bias = torch.full((8, 4, 3, 3), 5.0), torch.full((8,), 7.0)
+    tensors = named(f"base_model.model.{KEY}", halves)
+    tensors |= {"base_model.model.conv_in.weight": conv, "base_model.model.conv_in.base_layer.bias": bias}
+    tensors |= {"base_model.model.conv_in.modules_to_save.bias": bias.clone()}
+    tensors |= {"base_model.model.conv_in.original_module.bias": torch.zeros(8)}
+    contents = read(tmp_path, tensors)
+    for target, wanted in ((Target("unet", CONV), conv), (Target("unet", CONV, "bias"), bias)):
+        assert torch.equal(contents.patches[target].patched(torch.zeros_like(wanted), 1.0), wanted)
+        assert torch.equal(contents.patches[target].patched(torch.ones_like(wanted), 0.0), torch.ones_like(wanted))
+    assert len(contents.ignored) == 2
+    assert not contents.unmatched
+
+
+def test_whole_weights_without_adapters_are_no_lora(tmp_path):
+    """A UNet that PEFT's words stand before is a UNet."""
+    refused(tmp_path, {f"base_model.model.{KEY}.weight": torch.ones(8, 6)}, "holds no LoRA|a whole UNet")
+
+
+def test_bundled_embeddings_of_every_tool_are_told_as_such(tmp_path):
+    """They stand among what was ignored, by their words in a warning, and never as unknown modules."""
+    bundles = {"bundle_emb.inkwash.clip_l": torch.ones(1, 6), "bundle_emb.a.b.string_to_param.*": torch.ones(1, 6),
+               "clip_g": torch.ones(1, 9), "<fox>": torch.ones(6), "emb_params": torch.ones(1, 6)}  # fmt: skip
+    contents = read(tmp_path, named(FLAT_KEY, low_rank()) | bundles)
+    assert set(contents.ignored) == set(bundles)
+    assert not contents.unmatched
+    (warning,) = LoraReport.of(contents, "a").warnings
+    assert all(word in warning for word in ("'inkwash'", "'a.b'", "'<fox>'", "were not applied"))
+
+
 def test_an_alpha_tensor_goes_before_the_configuration(tmp_path):
     """The file's own number for a module is nearer the truth than a general one."""
     tensors = named("unet." + KEY, low_rank() | {"alpha": torch.tensor(1.0)})
@@ -217,6 +352,19 @@ def broken() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
         ),
         "whole numbers": (half | {"lora_up.weight": torch.ones(8, 2, dtype=torch.int32)}, "int32"),
         "a vector": ({"lora_up.weight": torch.ones(8), "lora_down.weight": torch.ones(2, 6)}, "no half|matrix"),
+        "a magnitude of another length": (half | {"dora_scale": torch.ones(7, 1)}, "7 numbers for a weight of"),
+        "a rescale of another length": (
+            {"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(7)}, "7 numbers for 8",
+        ),
+        "PEFT's rescale alone": ({"boft_s": torch.ones(8, 1)}, "incomplete"),
+        "rotations that are not square": ({"oft_diag": torch.ones(2, 4, 3)}, "square blocks"),
+        "VeRA without its matrices": (
+            {"vera_lambda_b": torch.ones(8), "vera_lambda_d": torch.ones(2)}, "save_projection",
+        ),
+        "values of another rank": (
+            {"lora_A": torch.ones(2, 6), "lora_B": torch.ones(8, 2), "lora_E": torch.ones(3, 1)}, "ranks disagree",
+        ),
+        "a part of a kind that has no such part": (half | {"lokr_t1": torch.ones(2, 2, 1, 1)}, "incomplete"),
         "two spellings of one half": (half | {"lora_A.weight": torch.ones(2, 6)}, "two spellings|broken"),
     }  # fmt: skip
 
@@ -251,6 +399,8 @@ BOMBS = {
     },
     "diag-OFT": {"oft_blocks": torch.ones(1, 3000, 3000)},
     "OFTv2": {"oft_R.weight": torch.ones(1, 3000 * 2999 // 2)},
+    "BOFT, PEFT's": {"boft_R": torch.ones(1, 1, 3000, 3000), "boft_s": torch.ones(8, 1)},
+    "rotations": {"oft_diag": torch.ones(1, 3000, 3000)},
 }  # fmt: skip
 
 

@@ -134,7 +134,8 @@ def test_what_was_left_out_is_counted_and_shown_in_part():
     assert len(json.dumps(shown)) < 5000
     assert shown["warnings"] == [
         "1002 of its 1005 modules do not fit this model and were left out, so it may look weaker.",
-        "It brings embeddings for words of its own, which were not applied.",
+        "It brings embeddings for the words 'fox', which were not applied; "
+        "save them as files of their own and give those as embeddings.",
     ]
     rows = dict(report.rows())
     assert rows["mismatched"] == "2\nm0: file [1, 2], model [3, 4]\nm1: file [2, 2], model [3, 4]"

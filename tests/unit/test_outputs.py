@@ -9,7 +9,7 @@ from obstore.exceptions import AlreadyExistsError
 
 from impasto.errors import NotFound
 from impasto.jobs import outputs as module
-from impasto.jobs.outputs import EXTENSIONS, OutputStore, content_type_of
+from impasto.jobs.outputs import CHUNK_BYTES, EXTENSIONS, OutputStore, content_type_of
 
 JOB = "0123456789abcdef0123456789abcdef"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
@@ -115,6 +115,44 @@ def test_a_start_picture_is_not_served_as_a_finished_one(outputs):
             refuse(name)
 
 
+@pytest.mark.parametrize("kept", ["folder", "bucket"])
+def test_an_upload_is_stored_and_read_in_parts(tmp_path, kept):
+    """Whole or any part of it; gone after deletion, in every way to read it."""
+    outputs = OutputStore(str(tmp_path / "outputs") if kept == "folder" else "memory:///")
+    file = tmp_path / "file"
+    file.write_bytes(PNG * 20_000)
+    name = outputs.put_upload(file, "image/gif")
+    assert re.fullmatch(r"uploads/[0-9a-f]{32}\.gif", name)
+    whole = PNG * 20_000
+    assert outputs.get_upload(name) == whole
+    assert outputs.size(name) == len(whole)
+    parts = list(outputs.chunks(name, 7, len(whole)))
+    assert b"".join(parts) == whole[7:]
+    assert max(map(len, parts)) == CHUNK_BYTES
+    assert list(outputs.chunks(name, 3, 3)) == []
+    local = outputs.local(name)
+    assert (local is not None and local.read_bytes() == whole) if kept == "folder" else local is None
+    outputs.delete([name])
+    for gone in (outputs.get_upload, outputs.size, lambda name: list(outputs.chunks(name, 0, 1))):
+        with pytest.raises(NotFound, match="may have been deleted"):
+            gone(name)
+
+
+def test_files_are_listed_by_kind_and_age(outputs, tmp_path):
+    """A fresh one is not among those that were written a minute ago, and nothing but files of ours is listed."""
+    (tmp_path / "file").write_bytes(PNG)
+    picture, start = outputs.put(JOB, 1, 0, PNG, "image/png"), outputs.put_input(PNG)
+    upload = outputs.put_upload(tmp_path / "file", "image/png")
+    (tmp_path / "data" / "outputs" / "uploads" / "readme.txt").write_text("somebody's own")
+    shelves = {"inputs/": start, "uploads/": upload, f"{JOB}/": picture}
+    for shelf, name in shelves.items():
+        assert list(outputs.older(shelf, 0)) == [name]
+        assert list(outputs.older(shelf, 60)) == []
+    assert list(outputs.older(f"{'0' * 32}/", 0)) == []
+    with pytest.raises(NotFound):
+        list(outputs.older("../", 0))
+
+
 HOSTILE = [
     "",
     "/etc/passwd",
@@ -132,6 +170,9 @@ HOSTILE = [
     f"inputs/../inputs/{JOB}.png",
     f"inputs/{JOB}.png\n",
     f"inputs/{JOB}.svg",
+    f"uploads/{JOB}.exe",
+    f"uploads/../uploads/{JOB}.png",
+    f"uploads/{JOB}.png\n",
     "\ud800",
 ]
 
@@ -140,7 +181,8 @@ HOSTILE = [
 def test_only_names_of_our_making_reach_the_disk(outputs, tmp_path, blob):
     """No text from an address becomes a path: reading, deleting and typing all refuse it."""
     (tmp_path / "secret.png").write_bytes(b"secret")
-    for refuse in (outputs.get, outputs.get_input, lambda name: outputs.delete([name]), content_type_of):
+    readers = (outputs.get, outputs.get_input, outputs.get_upload, outputs.size, outputs.local, content_type_of)
+    for refuse in (*readers, lambda name: outputs.delete([name]), lambda name: list(outputs.chunks(name, 0, 1))):
         with pytest.raises(NotFound, match="no such file"):
             refuse(blob)
     assert (tmp_path / "secret.png").exists()

@@ -201,7 +201,9 @@ def test_progress_travels_with_the_heartbeat(rig):
     for _ in range(3):
         loop.turn()
     loop._beat()
-    assert rig.store.get(job_id).progress == {"step": 3, "total": 50}
+    progress = rig.store.get(job_id).progress
+    assert (progress["step"], progress["total"]) == (3, 50)
+    assert 0 < progress["sigma"] < 14.6
 
 
 def test_a_worker_that_lost_its_lease_publishes_nothing(rig):
@@ -368,7 +370,7 @@ def test_a_backend_that_breaks_ends_the_worker_and_counts_against_the_job(rig):
 
 def test_a_backend_that_hangs_is_told_of(rig, monkeypatch):
     """The heartbeat notices, so that the process can end and be replaced."""
-    monkeypatch.setattr("impasto.worker.loop.STALL_LEASES", 2)
+    monkeypatch.setattr("impasto.worker.heartbeat.STALL_LEASES", 2)
     stalled, release = threading.Event(), threading.Event()
 
     class Hanging(FakeBackend):

@@ -1,4 +1,4 @@
-"""Reading a JSON request body under a size limit.
+"""Reading a JSON request body under a size limit, and telling whether two are the same.
 
 Knows bytes, JSON and the limit. Knows nothing of fields. Too large, malformed, endlessly nested or not-a-number
 bodies end here as one of our errors, with at most the limit ever held in memory.
@@ -6,7 +6,9 @@ bodies end here as one of our errors, with at most the limit ever held in memory
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -36,8 +38,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``body``, whatever its content type was said to be.
+def parse_object(body: bytes, content_type: str = "") -> dict[str, Any]:
+    """Return the JSON object in ``body``, whatever its content type was said to be; a form is told what to send.
 
     Raises:
         InvalidInput: Not JSON, JSON with NaN or infinity, or not an object; the position is in the message.
@@ -48,14 +50,32 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidInput(WHOLE_BODY, f"not UTF-8 text at byte {error.start}") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
-        raise InvalidInput(WHOLE_BODY, f"not valid JSON at {place}: {error.msg}") from None
+        remedy = "; send the fields as a JSON object, not as a form" if "form" in content_type else ""
+        raise InvalidInput(WHOLE_BODY, f"not valid JSON at {place}: {error.msg}{remedy}") from None
     except RecursionError:
-        raise InvalidInput(WHOLE_BODY, "not valid JSON: nested too deeply") from None
+        raise _too_deep() from None
     except ValueError:
         raise InvalidInput(WHOLE_BODY, "not valid JSON: a number has too many digits") from None
     if not isinstance(value, dict):
         raise InvalidInput(WHOLE_BODY, "must be a JSON object")
     return value
+
+
+def fingerprint(model: str, fields: Mapping[str, Any], webhook_url: str | None = None) -> str:
+    """Return the SHA-256 of a request, however its JSON was spaced and ordered.
+
+    Raises:
+        InvalidInput: It is nested too deeply.
+    """
+    try:
+        text = json.dumps([model, fields, webhook_url], sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        raise _too_deep() from None
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _too_deep() -> InvalidInput:
+    return InvalidInput(WHOLE_BODY, "not valid JSON: nested too deeply")
 
 
 def _refuse_constant(word: str) -> NoReturn:

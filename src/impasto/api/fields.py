@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Protocol
 
 from impasto.api.pictures import PictureAt, to_mask_png, to_png
@@ -63,6 +63,7 @@ class Text:
     name: str
     description: str
     default: str | None = None
+    min_chars: int = 0
     max_chars: int = LIMITS.max_prompt_chars
 
     def read(self, value: object, path: str) -> str:
@@ -72,8 +73,9 @@ class Text:
         return text
 
     def schema(self) -> Schema:
-        """A string with its greatest length."""
-        return _described(self, type="string", maxLength=self.max_chars)
+        """A string with its lengths."""
+        least = {"minLength": self.min_chars} if self.min_chars else {}
+        return _described(self, type="string", maxLength=self.max_chars, **least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Picture:
 
     def schema(self) -> Schema:
         """A string without an end to its length: the whole body has one."""
-        return _described(self, type="string")
+        return _described(self, type="string", **{"x-ui-component": "uploader"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Integer:
     description: str
     bounds: Bounds
     optional: bool = False  # no default of its own: absent stays absent
+    slider: bool = True
 
     @property
     def default(self) -> int | None:
@@ -123,16 +126,18 @@ class Integer:
 
     def schema(self) -> Schema:
         """An integer with both ends of its range."""
-        return _described(self, type="integer", minimum=int(self.bounds.low), maximum=int(self.bounds.high))
+        slider = {"x-ui-component": "slider", "step": 1} if self.slider else {}
+        return _described(self, type="integer", minimum=int(self.bounds.low), maximum=int(self.bounds.high), **slider)
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number in a range."""
+    """A finite number in a range; forms move it by ``step``."""
 
     name: str
     description: str
     bounds: Bounds
+    step: float = 0.01
 
     @property
     def default(self) -> float:
@@ -147,7 +152,8 @@ class Number:
 
     def schema(self) -> Schema:
         """A number with both ends of its range."""
-        return _described(self, type="number", minimum=self.bounds.low, maximum=self.bounds.high)
+        slider = {"x-ui-component": "slider", "step": self.step}
+        return _described(self, type="number", minimum=self.bounds.low, maximum=self.bounds.high, **slider)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +163,7 @@ class Flag:
     name: str
     description: str
     default: bool = False
+    hidden: bool = False  # forms do not show it
 
     def read(self, value: object, path: str) -> bool:
         """Return the boolean itself."""
@@ -166,7 +173,7 @@ class Flag:
 
     def schema(self) -> Schema:
         """A boolean."""
-        return _described(self, type="boolean")
+        return _described(self, type="boolean", **({"x-hidden": True} if self.hidden else {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +197,7 @@ class Choice:
 
     def schema(self) -> Schema:
         """The words that are served."""
-        return _described(self, type="string", enum=list(self.words))
+        return _described(self, type="string", enum=list(self.words), **{"x-ui-component": "select"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +206,22 @@ class Size:
 
     name: str
     description: str
-    default: str = f"{LIMITS.side.default:g}*{LIMITS.side.default:g}"
+    sides: Bounds = LIMITS.side
+
+    @property
+    def default(self) -> str:
+        """The default of either side."""
+        return f"{self.sides.default:g}*{self.sides.default:g}"
 
     def read(self, value: object, path: str) -> tuple[int, int]:
         """Return ``(width, height)`` in pixels."""
-        return parse_size(_text(value, path), path)
+        return parse_size(_text(value, path), path, self.sides)
 
     def schema(self) -> Schema:
         """A string; ``minimum``, ``maximum`` and ``multipleOf`` speak of each side, as form builders read them."""
-        side = {"minimum": int(LIMITS.side.low), "maximum": int(LIMITS.side.high), "multipleOf": LIMITS.side_multiple}
-        return _described(self, type="string", pattern=r"^\s*\d{3,4}\s*[*xX×]\s*\d{3,4}\s*$", **side)
+        side = {"minimum": int(self.sides.low), "maximum": int(self.sides.high), "multipleOf": LIMITS.side_multiple}
+        form = {"pattern": r"^\s*\d{3,4}\s*[*xX×]\s*\d{3,4}\s*$", "x-ui-component": "size"}
+        return _described(self, type="string", **form, **side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +231,17 @@ class Loras:
     name: str
     description: str
     max_items: int = LIMITS.max_loras
+    scale: float = LIMITS.lora_scale.default  # of items that name none
     ITEM: ClassVar[str] = 'an object {"path", "scale"}'
 
     @property
     def default(self) -> list[object]:
         """No LoRA."""
         return []
+
+    def scaled(self, scale: float) -> Loras:
+        """Return the field for a request whose items have this scale unless they name one."""
+        return replace(self, scale=scale)
 
     def read(self, value: object, path: str) -> tuple[LoraRef, ...]:
         """Return the LoRAs in the order given."""
@@ -235,7 +253,8 @@ class Loras:
 
     def _item(self, item: object, path: str) -> LoraRef:
         if not isinstance(item, dict):
-            raise InvalidInput(path, f"must be {self.ITEM}, got {shown(item)}")
+            remedy = f'; write {{"path": {shown(item)}, "scale": {self.scale:g}}}' if isinstance(item, str) else ""
+            raise InvalidInput(path, f"must be {self.ITEM}, got {shown(item)}{remedy}")
         if item.get("path") is None:
             raise InvalidInput(f"{path}.path", 'property "path" is missing')
         where = _text(item["path"], f"{path}.path").strip()
@@ -243,7 +262,7 @@ class Loras:
             raise InvalidInput(f"{path}.path", "must not be empty")
         check_prompt(f"{path}.path", where)
         scale = item.get("scale")
-        return LoraRef(where, LIMITS.lora_scale.default if scale is None else SCALE.read(scale, f"{path}.scale"))
+        return LoraRef(where, self.scale if scale is None else SCALE.read(scale, f"{path}.scale"))
 
     def schema(self) -> Schema:
         """An array of objects with a path and a scale."""
@@ -253,7 +272,7 @@ class Loras:
             "description": "Its name here, owner/name of the hub, a URL, or a Civitai id.",
         }
         item = {"type": "object", "required": ["path"], "properties": {"path": location, "scale": SCALE.schema()}}
-        return _described(self, type="array", maxItems=self.max_items, items=item)
+        return _described(self, type="array", maxItems=self.max_items, items=item, **{"x-ui-component": "loras"})
 
 
 SCALE: Final = Number("scale", "How strongly it is applied.", LIMITS.lora_scale)

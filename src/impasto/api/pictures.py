@@ -16,19 +16,21 @@ from typing import Final
 from anyio import CapacityLimiter, to_thread
 
 from impasto.config import Settings
-from impasto.errors import InvalidInput, NotFound
+from impasto.errors import InvalidInput, MediaError, NotFound
 from impasto.fetch.addresses import Policy
 from impasto.fetch.client import Client
 from impasto.fetch.failure import FetchFailed
 from impasto.fetch.guard import Clock
-from impasto.jobs.outputs import OutputStore
+from impasto.jobs.outputs import LORA_TYPE, OutputStore
+from impasto.jobs.uploads import Upload, UploadStore
 
 FETCH_SECONDS: Final = 10.0  # for one picture
 FETCHES: Final = 8  # at once; more wait their turn without a thread
 # A picture of the largest size takes hundreds of megabytes while it is decoded, whatever its file has.
-_ROOM: Final = threading.BoundedSemaphore(2)
+ROOM: Final = threading.BoundedSemaphore(2)
 _URL: Final = re.compile(r"\s*https?:", re.IGNORECASE)
 _OUTPUT: Final = re.compile(r"(?:https?://[^?#]*)?/outputs/(?P<blob>[0-9a-f]{32}/[\w-]+/\w+\.\w+)(?:[?#].*)?")
+_UPLOAD: Final = re.compile(r"(?:https?://[^?#]*)?/uploads/(?P<id>[0-9a-f]{32})\.\w+(?:[?#].*)?")
 _REMEDY: Final = "send the picture itself as a data URI or base64"
 
 
@@ -50,27 +52,30 @@ class PictureAt:
     def of(cls, text: str, field: str, *, mask: bool = False) -> PictureAt | None:
         """Return the address in ``text``, or ``None`` if it is the picture itself."""
         url = text.strip()
-        return cls(url, field, mask) if _URL.match(url) or _OUTPUT.fullmatch(url) else None
+        address = _URL.match(url) or _OUTPUT.fullmatch(url) or _UPLOAD.fullmatch(url)
+        return cls(url, field, mask) if address else None
 
 
 class PictureSource:
-    """Where pictures come from that were given by their address: this service's own results, and other hosts.
+    """Where pictures come from that were given by their address: this service's own files, and other hosts.
 
     Args:
         outputs: Finished pictures; their addresses are read from here, whatever host they name.
         client: Fetches; without it nothing is.
+        uploads: Uploaded ones; theirs are, too.
     """
 
-    def __init__(self, outputs: OutputStore, client: Client | None) -> None:
+    def __init__(self, outputs: OutputStore, client: Client | None, uploads: UploadStore | None = None) -> None:
         self._outputs = outputs
         self._client = client
+        self._uploads = uploads
         self._limiter = CapacityLimiter(FETCHES)
 
     @classmethod
-    def of(cls, settings: Settings, outputs: OutputStore) -> PictureSource:
+    def of(cls, settings: Settings, outputs: OutputStore, uploads: UploadStore | None = None) -> PictureSource:
         """Build the source that the settings describe."""
         policy = Policy.of(settings.fetch_allow, allow_http=settings.fetch_http, ports=settings.fetch_ports)
-        return cls(outputs, None if settings.offline else Client(policy))
+        return cls(outputs, None if settings.offline else Client(policy), uploads)
 
     async def fetched(self, pictures: Mapping[str, bytes | PictureAt]) -> dict[str, bytes]:
         """Return every picture as PNG, those that were given by their address fetched.
@@ -98,24 +103,34 @@ class PictureSource:
 
     def _own(self, picture: PictureAt) -> bytes | None:
         """Read a picture of this service; its name is the secret, so whoever has it may."""
-        match = _OUTPUT.fullmatch(picture.url)
         try:
-            return self._outputs.get(match["blob"]) if match else None
+            if match := _OUTPUT.fullmatch(picture.url):
+                return self._outputs.get(match["blob"])
+            if self._uploads and (match := _UPLOAD.fullmatch(picture.url)):
+                return self._uploaded(self._uploads.find(match["id"]), picture.field)
         except NotFound:
-            return None
+            pass
+        return None
+
+    def _uploaded(self, upload: Upload, field: str) -> bytes:
+        if upload.content_type == LORA_TYPE:
+            raise InvalidInput(field, "is an uploaded LoRA, which has no picture: name it in loras")
+        return self._outputs.get_upload(upload.blob)
 
     def _fetch(self, picture: PictureAt) -> bytes:
         from impasto.images import MAX_INPUT_BYTES
 
         if self._client is None:
-            raise InvalidInput(picture.field, f"is a URL, and this server fetches nothing: {_REMEDY}")
+            raise MediaError(picture.field, f"is a URL, and this server fetches nothing: {_REMEDY}")
         try:
             with self._client.open(picture.url, Clock(FETCH_SECONDS), max_bytes=MAX_INPUT_BYTES) as answer:
                 if answer.status != 200:
                     raise answer.failure()
                 return answer.read()
         except FetchFailed as failure:
-            raise InvalidInput(picture.field, f"is a URL that {failure}; or {_REMEDY}") from None
+            ours = _OUTPUT.fullmatch(picture.url) or _UPLOAD.fullmatch(picture.url)
+            gone = " (this service has no such file any more)" if ours else ""
+            raise MediaError(picture.field, f"is a URL that {failure}{gone}; or {_REMEDY}") from None
 
 
 def to_png(text: str, path: str) -> bytes:
@@ -147,6 +162,6 @@ def _png(data: bytes, path: str, mask: bool) -> bytes:
     """Read a picture's file and encode it anew."""
     from impasto.images import encode_png, mask_of, read_picture
 
-    with _ROOM:
+    with ROOM:
         image = read_picture(data, path)
         return encode_png(mask_of(image) if mask else image)

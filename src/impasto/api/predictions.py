@@ -1,33 +1,58 @@
 """Reading a prediction: ``GET /api/v2|v3/predictions/{id}``, with and without ``/result``.
 
-Knows ids and keys. Never limited in rate: several clients give a running job up at the first refusal of a poll.
+Knows ids and keys, and that a reader may wait for the end. Never limited in rate: several clients give a running job
+up at the first refusal of a poll.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Annotated, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
 from impasto.api.auth import CallerDep
+from impasto.api.hold import listening
 from impasto.api.models import VERSIONS
 from impasto.api.schemas import Envelope, responses
-from impasto.api.service import ServiceDep
+from impasto.api.service import Service, ServiceDep
 from impasto.api.view import Links, answer
 from impasto.errors import NotFound
-from impasto.jobs.records import is_job_id
+from impasto.jobs.records import Job, is_job_id
+from impasto.jobs.states import TERMINAL
+
+MAX_WAIT: Final = 60  # seconds
+Wait = Annotated[
+    float,
+    Query(ge=0, le=MAX_WAIT, allow_inf_nan=False, description="Seconds to wait for the end before answering."),
+]
 
 
-def result(prediction_id: str, request: Request, service: ServiceDep, key: CallerDep) -> Response:
-    """Return the prediction; another key's is "not found", like one that never was."""
+async def result(prediction_id: str, request: Request, service: ServiceDep, key: CallerDep, wait: Wait = 0) -> Response:
+    """Return the prediction, at its end or after ``wait``; another key's is "not found", like one that never was."""
+    links = Links.of(request, service)
+
+    def read() -> tuple[Job, Response]:
+        job = _found(prediction_id, key.id, service)
+        return job, answer(job, service, links)
+
+    job, shown = await run_in_threadpool(read)
+    if wait and job.status not in TERMINAL:
+        async with listening(request) as hang_up:
+            await service.listeners.ended(job.id, wait, hang_up)
+        _, shown = await run_in_threadpool(read)
+    return shown
+
+
+def _found(prediction_id: str, key_id: str, service: Service) -> Job:
     if not is_job_id(prediction_id):
         raise NotFound("no such prediction")
     try:
-        job = service.store.get(prediction_id, key.id)
+        return service.store.get(prediction_id, key_id)
     except NotFound:
         raise NotFound("no such prediction") from None
-    return answer(job, service, Links.of(request, service))
 
 
 def router() -> APIRouter:
@@ -41,6 +66,6 @@ def router() -> APIRouter:
             summary="Read a prediction",
             operation_id=f"read_{version}{ending.replace('/', '_')}",
             response_model=Envelope,
-            responses=responses(401, 404),
+            responses=responses(400, 401, 404),
         )
     return routes

@@ -6,38 +6,42 @@ Knows names and types, as the compatible clients decode them: lists are always l
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Data = TypeVar("Data")
 PublicStatus = Literal["created", "processing", "completed", "failed"]
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """Anything that is sent."""
+
     model_config = ConfigDict(populate_by_name=True)
 
 
-class Urls(_Wire):
+class Urls(Wire):
     """Where to go next."""
 
     get: str = Field(description="Absolute URL of the result; needs the key.")
 
 
-class Steps(_Wire):
+class Steps(Wire):
     """How far a running prediction is."""
 
     step: int
     total: int
+    sigma: float | None = Field(None, description="Noise that is left, on the scale of the model's schedule.")
 
 
-class LeftOut(_Wire):
+class LeftOut(Wire):
     """Parts of a LoRA that were not applied."""
 
     count: int = 0
     first: list[Any] = Field(default=[], description="The first ten of them.")
 
 
-class AppliedLora(_Wire):
+class AppliedLora(Wire):
     """What became of a LoRA of the request."""
 
     path: str = Field(description="As the request named it.")
@@ -56,7 +60,7 @@ class AppliedLora(_Wire):
     warnings: list[str] = Field([], description="Sentences about what one may not expect.")
 
 
-class Prediction(_Wire):
+class Prediction(Wire):
     """One submitted request and what became of it."""
 
     id: str = Field(pattern="^[0-9a-f]{32}$")
@@ -72,10 +76,11 @@ class Prediction(_Wire):
     seed: int = Field(description="The seed in use, also when the request left it to us.")
     progress: Steps | None = Field(None, description="Only while processing.")
     loras: list[AppliedLora] | None = Field(None, description="What became of each LoRA; only when completed with any.")
-    code: int | None = Field(None, description="Why it failed (1403, 1405), or 5004: a synchronous wait ran out.")
+    expired_at: str | None = Field(None, description="When its pictures were deleted; then `outputs` is empty.")
+    code: int | None = Field(None, description="Why it failed (1401, 1402, 1403, 1405), or 5004: a wait ran out.")
 
 
-class Envelope(_Wire):
+class Envelope(Wire):
     """A success: HTTP 200 and ``code`` 200."""
 
     code: Literal[200] = 200
@@ -83,7 +88,15 @@ class Envelope(_Wire):
     data: Prediction
 
 
-class ErrorBody(_Wire):
+class Success(Wire, Generic[Data]):
+    """A success with something else in it."""
+
+    code: Literal[200] = 200
+    message: Literal["success"] = "success"
+    data: Data
+
+
+class ErrorBody(Wire):
     """A refusal: ``code`` is the HTTP status; ``message`` and ``error`` are the same text."""
 
     code: int
@@ -102,6 +115,7 @@ _MEANING: Final = {
     400: "A wrong value; the message names the field by its JSON pointer.",
     401: "No key, or an unknown one.",
     404: "No such thing, or not yours.",
+    409: "The idempotency key was used for another request.",
     413: "The body is too large.",
     429: "Too many of this key's jobs are waiting; see Retry-After.",
 }

@@ -12,11 +12,20 @@ from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from impasto.api.auth import KeyCheck
+from impasto.api.finished import FinishedAnswers
+from impasto.api.listening import Listeners
 from impasto.api.pictures import PictureSource
+from impasto.api.traffic import Traffic
 from impasto.api.waiting import Changes
 from impasto.config import Settings
+from impasto.fetch.post import Poster
+from impasto.jobs.events import JobGlances
+from impasto.jobs.history import History
+from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
+from impasto.jobs.uploads import UploadStore
+from impasto.jobs.workers import WorkerReports
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,16 @@ class Service:
     changes: Changes
     pictures: PictureSource
     readers: CapacityLimiter  # threads that read bodies, pictures among them
+    keys: KeyStore
+    poster: Poster | None  # sends webhooks; None: this server sends none
+    uploads: UploadStore
+    history: History
+    finished: FinishedAnswers  # with base64
+    glances: JobGlances
+    listeners: Listeners  # requests that follow jobs
+    reports: WorkerReports
+    traffic: Traffic  # what this process counted
+    askers: CapacityLimiter  # threads of "are you ready": a database that hangs holds these and no others
 
 
 def service_of(request: Request) -> Service:

@@ -21,6 +21,7 @@ DEFAULT_PICTURE: Final = LIMITS.num_inference_steps.default * LIMITS.side.defaul
 DRAWN_SEEDS: Final = 2**32  # a drawn seed is below this, so that every other tool can take it too
 SECOND_PASS: Final = 0.3  # about this share of a second pass's schedule is run
 PICTURES: Final = ("image", "mask_image")  # they travel as files, not in the row
+LORAS: Final = "loras"  # not every model has them
 
 # Fields that mean the same, under the same name, on the wire and to the engine.
 PLAIN_FIELDS: Final = (
@@ -60,13 +61,17 @@ class Submission:
         given = {name: value for name, value in body.items() if value is not None}
         values: dict[str, Any] = {}
         as_sent: dict[str, Any] = {}
-        for field in model.fields:
+        for field in sorted(model.fields, key=lambda field: field.name == LORAS):  # their scale is read before them
             values[field.name] = None if field.default is None else field.read(field.default, field.name)
+            if isinstance(field, Loras):
+                field = field.scaled(values["lora_scale"])
             spellings = [alias for alias, name in ALIASES.items() if name == field.name]
             for name in (*spellings, field.name):
                 if name in given:
-                    value = values[field.name] = field.read(given[name], name)
+                    value = field.read(given[name], name)
                     as_sent[name] = _remembered(field, given[name], value)
+                    if value is not None:  # an empty picture is none, and leaves the other spelling's
+                        values[field.name] = value
         for name in model.required:
             if name not in given:
                 raise InvalidInput(name, f'property "{name}" is missing')
@@ -89,7 +94,7 @@ class Submission:
         """Return what the engine is asked for."""
         request = GenerationRequest(**{name: self.values[name] for name in PLAIN_FIELDS})
         width, height = self.values["size"]
-        return replace(request, width=width, height=height, loras=tuple(self.values["loras"]))
+        return replace(request, width=width, height=height, loras=tuple(self.values.get(LORAS, ())))
 
     def to_job(self, key_id: str, pictures: Mapping[str, str] | None = None) -> NewJob:
         """Return the row for the store.
@@ -111,7 +116,7 @@ class Submission:
                 "output": {
                     "format": values["output_format"],
                     "base64": values["enable_base64_output"],
-                    "safety_checker": values["enable_safety_checker"],
+                    "safety_checker": values["enable_safety_checker"] and not values["disable_safety_checker"],
                 },
                 "as_sent": dict(self.as_sent),
             },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -16,16 +16,24 @@ import pybase64
 from fastapi import Request
 from fastapi.responses import Response
 
-from impasto.api.schemas import AppliedLora, Envelope, Prediction, PublicStatus, Steps, Urls
+from impasto.api.schemas import AppliedLora, Envelope, Prediction, PublicStatus, Steps, Urls, Wire
 from impasto.api.service import Service
 from impasto.jobs.records import Job
 from impasto.jobs.states import Status
+from impasto.jobs.store import WITHDRAWN
 
+CONTENT_REFUSED: Final = 1200
 INVALID_PARAMETER: Final = 1401
+MEDIA_FAILED: Final = 1402
 EXECUTION_FAILED: Final = 1403
 TASK_FAILED: Final = 1405
 SYNC_TIMED_OUT: Final = 5004
-_CODES: Final = {"InvalidInput": INVALID_PARAMETER, "LoraError": INVALID_PARAMETER}  # by error class; else 1403
+_CODES: Final = {  # by error class; else 1403
+    "InvalidInput": INVALID_PARAMETER,
+    "LoraError": INVALID_PARAMETER,
+    "MediaError": MEDIA_FAILED,
+    "ContentRefused": CONTENT_REFUSED,
+}
 
 # A cancelled job is shown as failed: many clients know no other end and would poll for hours.
 _PUBLIC: Final[Mapping[Status, PublicStatus]] = {
@@ -69,15 +77,28 @@ def _called(request: Request) -> str:
     return f"{request.url.scheme}://{host}"
 
 
-def prediction(job: Job, service: Service, links: Links) -> Prediction:
-    """Return the job as the wire shows it; the store gives outputs to completed jobs alone."""
-    status = _PUBLIC[job.status]
+def public_status(job: Job) -> PublicStatus:
+    """Return the word for where a job stands. Nobody waits for a withdrawn one, so it is shown as what it will be."""
+    return "failed" if job.withdrawn else _PUBLIC[job.status]
+
+
+def prediction(job: Job, service: Service, links: Links, *, as_urls: bool = False) -> Prediction:
+    """Return the job as the wire shows it; the store gives outputs to completed jobs alone.
+
+    Args:
+        job: The job.
+        service: Has the files.
+        links: Makes addresses.
+        as_urls: Show outputs by their addresses even if base64 was asked for.
+    """
+    status = public_status(job)
+    outputs = () if job.expired_at else job.outputs
     return Prediction(
         id=job.id,
         model=job.model,
-        outputs=[_output(output.blob, job, service, links) for output in job.outputs],
+        outputs=[_output(output.blob, job, service, links, as_urls) for output in outputs],
         urls=Urls(get=links.result(job.id)),
-        has_nsfw_contents=[output.nsfw for output in job.outputs],
+        has_nsfw_contents=[output.nsfw for output in outputs],
         status=status,
         created_at=_timestamp(job.created_at),
         error=_error(job) if status == "failed" else "",
@@ -86,13 +107,17 @@ def prediction(job: Job, service: Service, links: Links) -> Prediction:
         seed=job.seed,
         loras=[AppliedLora.model_validate(report) for report in job.loras] or None,
         progress=_steps(job.progress) if status == "processing" else None,
+        expired_at=_timestamp(job.expired_at) if job.expired_at and job.outputs else None,
         code=_code(job) if status == "failed" else None,
     )
 
 
 def answer(job: Job, service: Service, links: Links) -> Response:
     """Return the job as a success; in a thread, see above."""
-    return success(prediction(job, service, links))
+    if not job.outputs or job.expired_at or not job.input["output"]["base64"]:
+        return success(prediction(job, service, links))
+    key = (job.id, links.base, links.version)
+    return _json(service.finished.get(key, lambda: _with_base64(job, service, links)))
 
 
 def timed_out(shown: Prediction, seconds: float) -> Prediction:
@@ -102,26 +127,47 @@ def timed_out(shown: Prediction, seconds: float) -> Prediction:
 
 
 def success(shown: Prediction) -> Response:
-    """Return the envelope with status 200; absent optional values are left out, never ``null``."""
-    body = Envelope(data=shown).model_dump_json(by_alias=True, exclude_none=True)
+    """Return a prediction in its envelope."""
+    return enveloped(Envelope(data=shown))
+
+
+def enveloped(envelope: Wire) -> Response:
+    """Return an envelope with status 200; absent optional values are left out, never ``null``."""
+    return _json(envelope.model_dump_json(by_alias=True, exclude_none=True).encode())
+
+
+def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
-def _output(blob: str, job: Job, service: Service, links: Links) -> str:
+def _with_base64(job: Job, service: Service, links: Links) -> bytes:
+    """Return the envelope of a completed job, its outputs put in as they are: base64 needs no escapes in JSON."""
+    shown = prediction(replace(job, outputs=()), service, links)
+    flags = [output.nsfw for output in job.outputs]
+    envelope = Envelope(data=shown.model_copy(update={"has_nsfw_contents": flags}))
+    head, mark, tail = envelope.model_dump_json(by_alias=True, exclude_none=True).encode().partition(b'"outputs":[')
+    encoded = b'","'.join(pybase64.b64encode(service.outputs.get(output.blob)) for output in job.outputs)
+    return b"".join((head, mark, b'"', encoded, b'"', tail))
+
+
+def _output(blob: str, job: Job, service: Service, links: Links, as_urls: bool) -> str:
     """Return a picture's URL, or its bytes as naked standard base64 where the request asked for that."""
-    if job.input["output"]["base64"]:
+    if job.input["output"]["base64"] and not as_urls:
         return pybase64.b64encode_as_string(service.outputs.get(blob))
     return links.output(blob)
 
 
 def _error(job: Job) -> str:
+    if job.withdrawn:
+        return WITHDRAWN
     if job.status is Status.CANCELLED:
         return job.error if job.error.startswith("cancelled") else f"cancelled {job.error}".strip()
     return job.error or "failed for an unknown reason"
 
 
 def _code(job: Job) -> int:
-    return TASK_FAILED if job.status is Status.CANCELLED else _CODES.get(job.error_class, EXECUTION_FAILED)
+    cancelled = job.withdrawn or job.status is Status.CANCELLED
+    return TASK_FAILED if cancelled else _CODES.get(job.error_class, EXECUTION_FAILED)
 
 
 def _timestamp(moment: datetime) -> str:
@@ -137,5 +183,5 @@ def _execution_time(job: Job) -> int:
 
 def _steps(progress: Mapping[str, Any]) -> Steps | None:
     """Return the worker's report, if there is one that makes sense."""
-    step, total = progress.get("step"), progress.get("total")
-    return Steps(step=step, total=total) if isinstance(step, int) and isinstance(total, int) else None
+    step, total, sigma = (progress.get(name) for name in ("step", "total", "sigma"))
+    return Steps(step=step, total=total, sigma=sigma) if isinstance(step, int) and isinstance(total, int) else None

@@ -35,9 +35,9 @@ class Changes:
         except Unavailable:  # a waiter reads its row next, and meets the same error with somebody to tell
             await asyncio.sleep(PATIENCE)
 
-    async def next(self, watch: asyncio.Task[None], seconds: float) -> None:
-        """Wait until ``watch`` ended or ``seconds`` are over; other waiters are not disturbed."""
-        await asyncio.wait({watch}, timeout=seconds)
+    async def next(self, watch: asyncio.Task[None], seconds: float, *others: asyncio.Task[None]) -> None:
+        """Wait until ``watch`` or one of the ``others`` ended or ``seconds`` are over; none of them is disturbed."""
+        await asyncio.wait({watch, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     async def close(self) -> None:
         """Let the watch under way end."""

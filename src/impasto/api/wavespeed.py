@@ -1,14 +1,13 @@
 """Submitting, in the hosted service's dialect: ``POST /api/v2/{model}`` and ``/api/v3/{model}``.
 
-Knows the order of things: key, model, body, pictures, job, and then the wait of a synchronous client. Knows nothing
-of single fields (``models.py``) or of the answer's form (``view.py``).
+Knows the routes and the order of things: key, model, body, job, and then the wait of a synchronous client. Knows
+nothing of single fields (``models.py``), of how a job is made (``intake.py``) or of the answer's form (``view.py``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
@@ -18,100 +17,106 @@ from starlette.exceptions import HTTPException
 
 from impasto.api.auth import CallerDep
 from impasto.api.body import parse_object, read_body
-from impasto.api.models import MODELS, VERSIONS, ServedModel
+from impasto.api.hold import HangUp, finished, listening
+from impasto.api.intake import MAX_KEY_CHARS, Draft, accepted, idempotency_key
+from impasto.api.models import MODELS, VERSIONS, ServedModel, find_served
 from impasto.api.schemas import Envelope, responses
 from impasto.api.service import Service, ServiceDep
-from impasto.api.submission import Submission
 from impasto.api.view import Links, answer, prediction, success, timed_out
-from impasto.errors import InvalidInput, NotFound
+from impasto.api.webhooks import QUERY_PARAMETER, Webhook
+from impasto.errors import NotFound
 from impasto.jobs.keys import Key
 from impasto.jobs.records import Job
 from impasto.jobs.states import TERMINAL
 
 Endpoint = Callable[..., Awaitable[Response]]
+GONE = 499  # nobody reads this answer
+
+_KEY_HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "The same text with the same body is the same prediction; with another body it is refused.",
+    "schema": {"type": "string", "maxLength": MAX_KEY_CHARS},
+}
 
 
 def router() -> APIRouter:
-    """Return one route for each model and version, and last the answer for models that are not served."""
+    """Return one route for each model and version, and last the one for other spellings and unknown models."""
     routes = APIRouter(tags=["submit"])
     for version in VERSIONS:
         for model in MODELS:
             routes.add_api_route(
                 f"/api/{version}/{model.id}",
-                _submit(model),
+                _submit_to(model),
                 methods=["POST"],
                 summary=f"Submit to {model.id}",
                 description=model.description,
                 operation_id=f"submit_{version}_{model.id}",
                 response_model=Envelope,
-                responses=responses(400, 401, 413, 429),
+                responses=responses(400, 401, 409, 413, 429),
                 openapi_extra={
-                    "requestBody": {"required": True, "content": {"application/json": {"schema": model.schema()}}}
+                    "parameters": [_KEY_HEADER, QUERY_PARAMETER],
+                    "requestBody": {"required": True, "content": {"application/json": {"schema": model.schema()}}},
                 },
             )
         rest = f"/api/{version}/{{path:path}}"
-        routes.add_api_route(rest, not_served, methods=["GET", "POST"], include_in_schema=False)
+        routes.add_api_route(rest, other_path, methods=["GET", "POST"], include_in_schema=False)
     return routes
 
 
-async def not_served(request: Request, path: str, key: CallerDep) -> Response:
-    """Say what there is, in place of a path that fitted no other route."""
-    models = [model.id for model in MODELS]
+async def other_path(request: Request, path: str, service: ServiceDep, key: CallerDep) -> Response:
+    """Take a model's id in any case and with slashes around it; else say what there is."""
+    model = find_served(path)
     if request.method == "GET":
-        raise HTTPException(405, headers={"Allow": "POST"}) if path in models else HTTPException(404)
-    raise NotFound(f"no model {path[:100]!r} here; there are: {', '.join(models)}")
+        raise HTTPException(405, headers={"Allow": "POST"}) if model else HTTPException(404)
+    if model is None:
+        known = ", ".join(served.id for served in MODELS)
+        raise NotFound(f"no model {path[:100]!r} here; there are: {known}")
+    return await _submit(model, request, service, key)
 
 
-def _submit(model: ServedModel) -> Endpoint:
+def _submit_to(model: ServedModel) -> Endpoint:
     """Return the route of one model."""
 
     async def submit(request: Request, service: ServiceDep, key: CallerDep) -> Response:
-        if request.query_params.get("webhook"):
-            raise InvalidInput("webhook", "is not available yet: poll the prediction's urls.get")
-        body = await read_body(request, service.settings.max_body_bytes)
-        submission = await to_thread.run_sync(_read, model, body, service, limiter=service.readers)
-        pictures = await service.pictures.fetched(submission.pictures)
-        job = await run_in_threadpool(_create, submission, pictures, key, service)
-        links = Links.of(request, service)
-        if submission.sync:
-            return await _finished(request, service, job, links)
-        return answer(job, service, links)
+        return await _submit(model, request, service, key)
 
     return submit
 
 
-def _read(model: ServedModel, body: bytes, service: Service) -> Submission:
-    """Check the body; in a thread, because pictures in it are decoded."""
-    return Submission.read(model, parse_object(body), refiner=service.settings.refiner is not None)
+async def _submit(model: ServedModel, request: Request, service: Service, key: Key) -> Response:
+    repeat, links = idempotency_key(request), Links.of(request, service)
+    body = await read_body(request, service.settings.max_body_bytes)
+
+    def read() -> Draft:
+        fields = parse_object(body, request.headers.get("content-type", ""))
+        webhook = Webhook.read(request.url.query, fields, links, service)
+        return Draft.read(model, fields, service, repeat, webhook)
+
+    draft = await to_thread.run_sync(read, limiter=service.readers)
+    async with listening(request) as hang_up:
+        job = await accepted(draft, service, key.id, hang_up)
+        if job is None:
+            return Response(status_code=GONE)
+        return await (_held if draft.sync else _at_once)(service, job, links, hang_up)
 
 
-def _create(submission: Submission, pictures: Mapping[str, bytes], key: Key, service: Service) -> Job:
-    """Store the pictures and make the job; in a thread, because both may take long.
-
-    The files are there before the row that names them, and go again if the row cannot be written.
-    """
-    stored: dict[str, str] = {}
-    with ExitStack() as undo:
-        for name, png in pictures.items():
-            stored[name] = service.outputs.put_input(png)
-            undo.callback(service.outputs.delete, [stored[name]])
-        job = service.store.create(submission.to_job(key.id, stored), service.settings.max_queued)
-        undo.pop_all()
-    return job
+async def _at_once(service: Service, job: Job, links: Links, hang_up: HangUp) -> Response:
+    """Answer with the job as it is. It goes on if its client has gone, which will find it by sending it again."""
+    if hang_up.done():
+        await run_in_threadpool(service.store.drop, job.id, withdraw=False)
+        return Response(status_code=GONE)
+    return await run_in_threadpool(answer, job, service, links) if job.outputs else answer(job, service, links)
 
 
-async def _finished(request: Request, service: Service, job: Job, links: Links) -> Response:
-    """Answer when the job has ended, or at the limit, or stop when the client has hung up: the job goes on."""
-    limit = service.settings.sync_timeout
-    deadline = time.monotonic() + limit
-    while True:
-        watch = service.changes.watch()
-        job = await run_in_threadpool(service.store.get, job.id, job.key_id)
-        if job.status in TERMINAL:
-            return await run_in_threadpool(answer, job, service, links)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return success(timed_out(prediction(job, service, links), limit))
-        if await request.is_disconnected():
-            return Response(status_code=499)
-        await service.changes.next(watch, left)
+async def _held(service: Service, job: Job, links: Links, hang_up: HangUp) -> Response:
+    """Answer when the job has ended, or at the limit."""
+    began, limit = time.monotonic(), service.settings.sync_timeout
+    last = await finished(service, job, hang_up)
+    if last is None:
+        return Response(status_code=GONE)
+    if last.status in TERMINAL:
+        return await run_in_threadpool(answer, last, service, links)
+    waited = time.monotonic() - began
+    return success(timed_out(prediction(last, service, links), limit if waited >= limit else round(waited, 1)))

@@ -155,6 +155,7 @@ class InFlight:
     rows: dict[int, Row] = field(default_factory=dict)  # by row id; finished rows stay until the request ends
     delivered: int = 0
     started: float = 0.0  # time.perf_counter() at admission
+    stages: dict[str, float] = field(default_factory=dict)  # seconds spent on it so far, by stage
 
     def steps_done(self) -> int:
         """Steps done, averaged over the request's images and rounded down.
@@ -163,6 +164,10 @@ class InFlight:
         """
         calls = sum(row.calls + row.remaining for row in self.rows.values())
         return sum(row.calls for row in self.rows.values()) * self.steps // calls
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Note time spent in a stage: ``encode``, ``denoise`` (shared with the others of a batch) or ``decode``."""
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,7 @@ from impasto.engine.accel import Accel, Tiling, accelerate
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
 from impasto.engine.legs import Stage
-from impasto.engine.memory import BatchLimits, MemoryGauge
+from impasto.engine.memory import BatchLimits, MemoryGauge, allocated, free_memory
 from impasto.engine.mixing import SwitchCosts
 from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers.moment import denoise, scale_input
@@ -34,6 +34,7 @@ from impasto.engine.scheduler import Scheduler
 from impasto.engine.sigmas import NoiseSchedule
 from impasto.errors import ConfigError, ImpastoError
 from impasto.lora.apply import Adapters, LoraSet
+from impasto.lora.budgets import Budgets
 from impasto.models.catalog import find_model
 from impasto.models.denoiser import Denoiser
 from impasto.models.hub import fetch_model
@@ -54,9 +55,18 @@ class Engine:
     Args:
         model: The networks.
         max_batch: Most images that share one UNet call; fewer where memory, as measured, has no room for them.
+        lora_memory_bytes: Main memory for LoRA files that were read lately; by default a share of what is free.
+        lora_switch_bytes: Memory beside the weights for LoRAs that were on lately; by default a share of what is free.
     """
 
-    def __init__(self, model: Sdxl, max_batch: int = DEFAULT_MAX_BATCH) -> None:
+    def __init__(
+        self,
+        model: Sdxl,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        *,
+        lora_memory_bytes: int | None = None,
+        lora_switch_bytes: int | None = None,
+    ) -> None:
         self._model = model
         self._stages: dict[Stage, Denoiser] = {"base": model.base}
         if model.refiner is not None:
@@ -64,9 +74,10 @@ class Engine:
         self._schedules = {
             stage: NoiseSchedule.from_config(denoiser.scheduler_config) for stage, denoiser in self._stages.items()
         }
-        self._adapters = Adapters(model.networks())
-        self._admission = Admission(model, self._adapters, self._schedules)
         self._gauge = MemoryGauge(model.device)
+        budgets = Budgets.within(free_memory(), self._gauge.free(), lora_memory_bytes, lora_switch_bytes)
+        self._adapters = Adapters(model.networks(), budgets)
+        self._admission = Admission(model, self._adapters, self._schedules)
         self._limits = BatchLimits(self._gauge, HALVES * max_batch)  # a guided image is two rows of the network
         self._scheduler = Scheduler(max_batch)
         self._costs = SwitchCosts()
@@ -85,6 +96,8 @@ class Engine:
         dtype: str = "auto",
         max_batch: int = DEFAULT_MAX_BATCH,
         accel: Accel | None = None,
+        lora_memory_bytes: int | None = None,
+        lora_switch_bytes: int | None = None,
     ) -> Engine:
         """Load a model by name (``builtin``), from a diffusers folder, a single-file checkpoint or a hub id.
 
@@ -95,6 +108,8 @@ class Engine:
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``bfloat16,vae=float32`` excepts a part.
             max_batch: Most images that share one UNet call.
             accel: What makes it faster or smaller; nothing by default.
+            lora_memory_bytes: Main memory for LoRA files that were read lately; by default a share of what is free.
+            lora_switch_bytes: Memory beside the weights for LoRAs that were on lately; the same.
 
         Raises:
             ModelError: Not an SDXL model, or it cannot be read.
@@ -116,12 +131,29 @@ class Engine:
         )
         for denoiser in filter(None, (loaded.base, loaded.refiner)):
             accelerate(denoiser.unet, accel, devices.unet)
-        return cls(loaded, max_batch)
+        return cls(loaded, max_batch, lora_memory_bytes=lora_memory_bytes, lora_switch_bytes=lora_switch_bytes)
 
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
         return bool(self._pending or self._running or self._undelivered)
+
+    @property
+    def device(self) -> str:
+        """Where the UNet runs, such as ``cuda:0``."""
+        return str(self._model.device)
+
+    def usage(self) -> dict[str, float]:
+        """Return what it holds now and has done since it was loaded, for whoever watches it.
+
+        ``lora_switches`` (changes of a network's weights), ``lora_switch_seconds`` (theirs together),
+        ``lora_cache_hits`` and ``lora_cache_misses`` (sets that were ready in memory when a switch wanted them, or
+        not), ``lora_bytes`` (memory that makes switches fast), and where the device can tell ``device_bytes``
+        (that tensors take) and ``device_reserved_bytes`` (that the allocator holds).
+        """
+        adapters = self._adapters
+        held = {"lora_bytes": float(sum(adapters.held_bytes.values()))}
+        return adapters.counts.to_json() | held | allocated(self._model.device)
 
     def submit(self, request: GenerationRequest, request_id: str | None = None, *, preview_every: int = 0) -> str:
         """Queue a request and return its id; a seed of -1 is drawn when it starts.
@@ -181,10 +213,12 @@ class Engine:
 
     def _admit(self, request_id: str, request: GenerationRequest, preview_every: int) -> list[Event]:
         """Start a request; one that cannot start fails alone."""
+        start = time.perf_counter()
         try:
             flight = self._admission.admit(request_id, request, preview_every)
         except Exception as error:  # noqa: BLE001  (whatever went wrong, the others go on)
             return [_failed(request_id, error)]
+        flight.took("encode", time.perf_counter() - start)
         self._running[request_id] = flight
         self._rows |= flight.rows
         for row_id, row in flight.rows.items():
@@ -217,7 +251,9 @@ class Engine:
         moved = {row_id: self._rows[row_id] for row_id in row_ids if row_id in self._rows}
         for request_id in dict.fromkeys(row.request_id for row in moved.values()):
             flight = self._running[request_id]
-            events.append(Progress(request_id, flight.steps_done(), flight.steps, seconds))
+            flight.took("denoise", seconds)
+            sigma = max(row.sigma for row in flight.rows.values())
+            events.append(Progress(request_id, flight.steps_done(), flight.steps, seconds, sigma, len(moved)))
         for row_id, row in moved.items():
             if row_id not in self._rows:  # an image of the same request could not be delivered
                 continue
@@ -317,17 +353,20 @@ class Engine:
     def _deliver(self, row: Row) -> list[Event]:
         """Decode a row that reached noise level 0, and put back what it was to keep."""
         flight = self._running[row.request_id]
+        start = time.perf_counter()
         try:
             pixels = self._model.vae.decode(row.latents).numpy()
             picture = Image.fromarray(pixels if flight.start is None else flight.start.finish(pixels))
         except Exception as error:  # noqa: BLE001  (the other requests go on)
             self._forget(row.request_id)
             return [_failed(row.request_id, error)]
+        flight.took("decode", time.perf_counter() - start)
         events: list[Event] = [ImageReady(row.request_id, row.index, row.seed, picture)]
         flight.delivered += 1
         if flight.delivered == flight.request.num_images:
             self._forget(row.request_id)
-            events.append(Finished(row.request_id, time.perf_counter() - flight.started, flight.reports))
+            seconds = time.perf_counter() - flight.started
+            events.append(Finished(row.request_id, seconds, flight.reports, flight.stages))
         return events
 
     def _forget(self, request_id: str) -> bool:

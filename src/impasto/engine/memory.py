@@ -139,6 +139,14 @@ class MemoryGauge:
         return process_memory("VmRSS")
 
 
+def allocated(device: torch.device) -> dict[str, float]:
+    """Bytes that tensors take on a device and that its allocator holds, by name; empty where it cannot tell."""
+    if device.type != "cuda":
+        return {}
+    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return {"device_bytes": float(held), "device_reserved_bytes": float(reserved)}
+
+
 def process_memory(name: str, proc: Path = PROC) -> int | None:
     """A figure of this process in bytes: ``VmRSS`` (held now) or ``VmHWM`` (held at most); see proc_pid_status(5)."""
     return _kilobytes(proc / "self/status", name)

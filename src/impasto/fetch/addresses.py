@@ -80,18 +80,19 @@ class Policy:
         allow_http: bool = False,
         ports: Iterable[int] = DEFAULT_PORTS,
         endpoints: Iterable[str] = (),
+        setting: str = "fetch_allow",
     ) -> Policy:
         """Read an operator's words: ``allow`` has host names, addresses and blocks; ``endpoints`` are base URLs.
 
         Raises:
-            ConfigError: An entry is none of these.
+            ConfigError: An entry is none of these; the message names ``setting``.
         """
         hosts, networks = set(), []
         for entry in allow:
             try:
                 networks.append(ip_network(entry, strict=False))
             except ValueError:
-                hosts.add(_host_name(entry))
+                hosts.add(_host_name(entry, setting))
         origins = frozenset(origin_of(httpx.URL(endpoint)) for endpoint in endpoints)
         return cls(frozenset(hosts), tuple(networks), origins, allow_http, frozenset(ports))
 
@@ -146,7 +147,7 @@ def _plain(host: str) -> str:
     return host.lower().rstrip(".")
 
 
-def _host_name(entry: str) -> str:
+def _host_name(entry: str, setting: str) -> str:
     try:
         host = httpx.URL(f"https://{entry}").raw_host.decode("ascii")
     except (httpx.InvalidURL, ValueError):
@@ -154,7 +155,5 @@ def _host_name(entry: str) -> str:
     if not _HOST.fullmatch(host.encode()) or _plain(host) != _plain(
         entry.encode("idna").decode() if not entry.isascii() else entry
     ):
-        raise ConfigError(
-            f"settings: fetch_allow: {entry!r} is neither a host name nor an address or block (10.0.0.0/8)"
-        )
+        raise ConfigError(f"settings: {setting}: {entry!r} is neither a host name nor an address or block (10.0.0.0/8)")
     return _plain(host)

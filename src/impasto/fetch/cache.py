@@ -5,11 +5,14 @@ Knows files, hashes and locks, and how a download is resumed. Knows no site's pr
 ::
 
     blobs/<sha256><suffix>   whole files; only a rename puts one here
+    pairs/<sha256>-<sha256>  a file and the small one that belongs beside it (``pairs``)
     index/<key>.json         what an address last led to
     parts/<key>.part         what has come so far of a download, with <key>.json beside it
-    locks/<key>.lock         held by the one process that downloads; the others wait
+    locks/<start of key>     held by the one process that downloads; the others wait
 
-A file that is in use is never deleted: its users hold a shared lock on it (``Held``), in any process.
+A file that is in use is never deleted: its users hold a shared lock on it (``Held``), in any process. Nothing here
+grows with the number of addresses that were ever asked for: the index and the parts are bounded, and a lock serves all
+keys of one beginning.
 """
 
 from __future__ import annotations
@@ -34,10 +37,14 @@ from filelock import FileLock, Timeout
 from impasto.fetch.client import Client
 from impasto.fetch.failure import FetchFailed
 from impasto.fetch.guard import SLICE_SECONDS, Clock, Stop, never
+from impasto.fetch.pairs import Beside, Pairs
 from impasto.fetch.transfer import SHA256, Kind, Remote, Transfer, write_json
 
 TRIES: Final = 3  # of a transfer that breaks off
 STALE_PART_SECONDS: Final = 7 * 86400.0  # after which nobody is going to resume it
+MOST_ENTRIES: Final = 10_000  # addresses in the index
+MOST_PARTS: Final = 1_000  # files of unfinished downloads
+LOCK_DIGITS: Final = 3  # of a key's hexadecimal digits that choose its lock: 4,096 locks
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 Locate = Callable[[Clock], Remote]
@@ -54,6 +61,7 @@ class Entry:
     url: str
     etag: str | None
     checked_at: float  # seconds since 1970
+    pair: str | None = None  # name of the pair that the file is part of
 
 
 class Held:
@@ -93,6 +101,7 @@ class Cache:
         self, folder: Path, client: Client, kind: Kind, *, quota: int, max_bytes: int, seconds: float = 600.0
     ) -> None:
         self._folder = folder
+        self._pairs = Pairs(folder / "pairs")
         self._client = client
         self._kind = kind
         self._quota = quota
@@ -127,13 +136,16 @@ class Cache:
         """Ask the site, and fetch what is not here."""
         known = self._entry(key)
         try:
-            entry = self._refreshed(key, known, locate(clock), clock)
+            remote = locate(clock)
+            small = None if remote.beside is None else self._small(remote.beside, clock)
+            entry = self._refreshed(key, known, remote, clock)
         except FetchFailed as failure:
             held = self._hold(known) if known and failure.away else None
             if held is None:
                 raise
             log.warning("%r is taken from the cache: its site cannot be asked (%s)", held.note, failure.reason)
             return held
+        entry = self._paired(entry, remote.beside, small)
         self._write_entry(key, entry)
         held = self._hold(entry)
         if held is None:  # deleted in this very moment, by a process with another quota
@@ -164,6 +176,22 @@ class Cache:
         transfer.forget()
         return Entry(arrived.sha256, remote.note, remote.url, arrived.etag, now)
 
+    def _small(self, beside: Beside, clock: Clock) -> bytes:
+        """Fetch a file that belongs beside another."""
+        try:
+            with self._client.open(beside.url, clock, max_bytes=beside.max_bytes, token=beside.token) as answer:
+                if answer.status != 200:
+                    raise answer.failure()
+                return answer.read()
+        except FetchFailed as failure:
+            raise failure.of(f"comes with {beside.name}, which") from None
+
+    def _paired(self, entry: Entry, beside: Beside | None, small: bytes | None) -> Entry:
+        if beside is None or small is None:
+            return replace(entry, pair=None)
+        with self._trimming():  # so that no other process takes the pair for one whose file is gone
+            return replace(entry, pair=self._pairs.make(self._blob(entry.sha256), entry.sha256, beside, small))
+
     def _known(self, key: str, fresh: float) -> Held | None:
         """Return what the address leads to, if that needs no asking."""
         entry = self._entry(key)
@@ -174,16 +202,19 @@ class Cache:
     def _hold(self, entry: Entry) -> Held | None:
         """Lock a file against deletion and mark it as used now."""
         path = self._blob(entry.sha256)
+        shown = path if entry.pair is None else self._pairs.find(entry.pair)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return None
-        held = Held(path, entry.note, descriptor)
+        held = Held(shown or path, entry.note, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             # Used now, but not modified: readers tell a file by the time it was written.
             os.utime(path, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+            if entry.pair is not None:
+                self._pairs.use(entry.pair)
+            if shown is not None and os.fstat(descriptor).st_ino == path.stat().st_ino == shown.stat().st_ino:
                 return held
         except OSError:  # it is just being deleted
             pass
@@ -203,22 +234,33 @@ class Cache:
 
     def _trim(self, wanted: int = 0) -> None:
         """Delete what was not used for longest, whole or in parts, until the quota is kept."""
-        with FileLock(self._folder / "locks" / "trim.lock"):
+        with self._trimming():
             found = [path for name in ("blobs", "parts") for path in (self._folder / name).iterdir()]
             files = [(path, stat) for path in found if (stat := _stat(path))]
             total = sum(stat.st_size for _, stat in files) + wanted
+            surplus = sum(path.parent.name == "parts" for path, _ in files) - MOST_PARTS
             for path, stat in sorted(files, key=lambda file: max(file[1].st_mtime_ns, file[1].st_atime_ns)):
-                stale = path.parent.name == "parts" and stat.st_mtime < time.time() - STALE_PART_SECONDS
+                part = path.parent.name == "parts"
+                stale = part and (surplus > 0 or stat.st_mtime < time.time() - STALE_PART_SECONDS)
                 if (total > self._quota or stale) and self._deleted(path):
                     log.info("%s deleted from the cache", path.name)
                     total -= stat.st_size
+                    surplus -= part
+            self._pairs.trim()
+            self._trim_index()
+
+    def _trim_index(self) -> None:
+        """Forget the addresses asked for longest ago: they are asked again, and what they lead to stays."""
+        entries = [(stat.st_mtime_ns, path) for path in (self._folder / "index").iterdir() if (stat := _stat(path))]
+        for _, path in sorted(entries)[: -MOST_ENTRIES or None]:
+            path.unlink(missing_ok=True)
 
     def _deleted(self, path: Path) -> bool:
         """Delete a file, unless it is held or is just being fetched."""
         if path.parent.name == "blobs":
             return _delete_unheld(path)
         try:
-            with FileLock(self._folder / "locks" / f"{path.name.partition('.')[0]}.lock").acquire(timeout=0):
+            with self._lock(path.name).acquire(timeout=0):
                 path.unlink(missing_ok=True)
         except Timeout:
             return False
@@ -229,7 +271,8 @@ class Cache:
             entry = Entry(**json.loads((self._folder / "index" / f"{key}.json").read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
-        return entry if isinstance(entry.sha256, str) and SHA256.fullmatch(entry.sha256) else None
+        right = isinstance(entry.sha256, str) and SHA256.fullmatch(entry.sha256) and isinstance(entry.pair, str | None)
+        return entry if right else None
 
     def _write_entry(self, key: str, entry: Entry) -> None:
         write_json(self._folder / "index" / f"{key}.json", asdict(entry))
@@ -241,13 +284,20 @@ class Cache:
         return self._folder / "parts" / f"{key}.part"
 
     def _make_folders(self) -> None:
-        for name in ("blobs", "index", "parts", "locks"):
+        for name in ("blobs", "pairs", "index", "parts", "locks"):
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _lock(self, key: str) -> FileLock:
+        return FileLock(self._folder / "locks" / f"{key[:LOCK_DIGITS]}.lock")
+
+    def _trimming(self) -> FileLock:
+        """Return the lock of what is deleted and paired."""
+        return FileLock(self._folder / "locks" / "trim.lock")
 
     @contextmanager
     def _locked(self, key: str, stop: Stop) -> Iterator[None]:
         """Be the only one that fetches this address, in any process."""
-        lock = FileLock(self._folder / "locks" / f"{key}.lock")
+        lock = self._lock(key)
         clock = Clock(2 * self._seconds, stop)
         while True:
             try:

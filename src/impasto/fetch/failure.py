@@ -50,6 +50,11 @@ class FetchFailed(Exception):
         self.code = code
         self.retry_after = retry_after
 
+    def of(self, subject: str) -> FetchFailed:
+        """Return the same failure of something that belongs to what was asked for; ``subject`` leads up to it."""
+        retry = self.retry_after
+        return FetchFailed(self.reason, f"{subject} {self}", status=self.status, code=self.code, retry_after=retry)
+
     @property
     def away(self) -> bool:
         """Whether the site could not answer at all, so that what was fetched earlier may stand in."""

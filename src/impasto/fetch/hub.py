@@ -20,11 +20,16 @@ from urllib.parse import quote
 from impasto.fetch.client import Client, Token
 from impasto.fetch.failure import FetchFailed
 from impasto.fetch.guard import Clock
+from impasto.fetch.pairs import Beside
 from impasto.fetch.reference import HubFile
 from impasto.fetch.transfer import SHA256, Remote
 
 HUB: Final = "https://huggingface.co"
 USUAL_NAME: Final = "pytorch_lora_weights.safetensors"  # as diffusers' trainers save
+# PEFT saves its weights without their alpha and ranks, which are in a file beside them.
+PEFT_NAME: Final = "adapter_model.safetensors"
+PEFT_CONFIG: Final = "adapter_config.json"
+MAX_CONFIG: Final = 2**18  # bytes; with a pattern for each of SDXL's modules it has half as many
 SHOWN: Final = 8  # files listed in an error
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -60,13 +65,13 @@ class Hub:
         files, commit = _listing(self._client.json(url, clock, token))
         name = chosen(wanted, files)
         facts = files[name]
-        return Remote(
-            f"{self.endpoint}/{wanted.repo}/resolve/{commit}/{quote(name)}",
-            f"hub:{wanted.repo}/{name}@{commit[:12]}",
-            facts.get("sha256"),
-            facts.get("size"),
-            token,
-        )
+        base = f"{self.endpoint}/{wanted.repo}/resolve/{commit}"
+        config = str(PurePosixPath(name).with_name(PEFT_CONFIG))
+        beside = None
+        if PurePosixPath(name).name == PEFT_NAME and config in files:
+            beside = Beside(f"{base}/{quote(config)}", PEFT_CONFIG, PEFT_NAME, MAX_CONFIG, token)
+        note = f"hub:{wanted.repo}/{name}@{commit[:12]}"
+        return Remote(f"{base}/{quote(name)}", note, facts.get("sha256"), facts.get("size"), token, beside)
 
     def _token_for(self, repo: str) -> Token | None:
         return self._token if any(fnmatchcase(repo, pattern) for pattern in self._token_repos) else None
@@ -75,8 +80,8 @@ class Hub:
 def chosen(wanted: HubFile, names: Iterable[str]) -> str:
     """Choose the file that is meant.
 
-    The one that was named; else the only ``.safetensors`` file; else ``pytorch_lora_weights.safetensors``; else the one
-    with the repository's own name.
+    The one that was named; else the only ``.safetensors`` file; else ``pytorch_lora_weights.safetensors``; else
+    ``adapter_model.safetensors``; else the one with the repository's own name.
 
     Raises:
         FetchFailed: None, or several that could be meant: the message lists them.
@@ -92,7 +97,8 @@ def chosen(wanted: HubFile, names: Iterable[str]) -> str:
     if len(weights) == 1:
         return weights[0]
     own_name = wanted.repo.partition("/")[2].lower()
-    for fits in (lambda name: name == USUAL_NAME, lambda name: PurePosixPath(name).stem.lower() == own_name):
+    usual = (lambda name: name == USUAL_NAME), (lambda name: name == PEFT_NAME)
+    for fits in (*usual, lambda name: PurePosixPath(name).stem.lower() == own_name):
         if found := [name for name in weights if fits(name)]:
             return min(found, key=len)
     if not weights:

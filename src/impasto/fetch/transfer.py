@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, Protocol
 from impasto.fetch.client import Answer, Client, Token
 from impasto.fetch.failure import FetchFailed, Reason
 from impasto.fetch.guard import Clock
+from impasto.fetch.pairs import Beside
 
 START: Final = 512  # bytes that tell what kind of file it is
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +49,7 @@ class Remote:
         sha256: Of the bytes, 64 hexadecimal digits, where the site says so.
         size: In bytes, where the site says so.
         token: For a site that knows us.
+        beside: A small file that readers look for beside it, where there is one.
     """
 
     url: str
@@ -55,6 +57,7 @@ class Remote:
     sha256: str | None = None
     size: int | None = None
     token: Token | None = None
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
-"""API keys: made, listed, revoked and recognised.
+"""API keys: made, listed, revoked and recognised; and the secrets that sign their webhooks.
 
-Knows secrets only long enough to hash them. Knows nothing of HTTP headers or of what a key may do.
+Knows keys only long enough to hash them; a webhook's secret is kept as it is, because it signs. Knows nothing of HTTP
+headers or of what a key may do.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import secrets
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from impasto.jobs.records import moment
 
 PREFIX_CHARS: Final = 6  # of the secret, kept in clear to tell keys apart
 MAX_NAME_CHARS: Final = 100
+WEBHOOK_PREFIX: Final = "whsec_"
+_NO_KEY: Final = "no key in use has this name or id; list the keys to see them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,42 @@ class KeyStore:
         with writing(self._engine) as db:
             row = db.execute(self._queries["revoke_key"], {"name_or_id": name_or_id}).mappings().first()
         if row is None:
-            raise NotFound("no key in use has this name or id; list the keys to see them")
+            raise NotFound(_NO_KEY)
         return Key.from_row(row)
+
+    def webhook_secret(self, key_id: str) -> str:
+        """Return what signs a key's webhooks, ``whsec_…``; made when it is first asked for, and the same ever after.
+
+        Raises:
+            NotFound: There is no such key.
+        """
+        with reading(self._engine) as db:
+            secret = db.execute(self._queries["webhook_secret"], {"id": key_id}).scalar()
+        if secret is None:
+            with writing(self._engine) as db:
+                values = {"id": key_id, "secret": _new_webhook_secret()}
+                secret = db.execute(self._queries["keep_webhook_secret"], values).scalar()
+        if secret is None:
+            raise NotFound(_NO_KEY)
+        return str(secret)
+
+    def named_webhook_secret(self, name_or_id: str, *, rotate: bool = False) -> str:
+        """Return the same for a key in use, by name or id; ``rotate`` draws another, which signs from now on.
+
+        Raises:
+            NotFound: No key in use has this name or id.
+        """
+        values = {"name_or_id": name_or_id, "secret": _new_webhook_secret()}
+        if rotate:
+            with writing(self._engine) as db:
+                secret = db.execute(self._queries["rotate_webhook_secret"], values).scalar()
+        else:
+            with reading(self._engine) as db:
+                key_id = db.execute(self._queries["find_usable_key"], {"name_or_id": name_or_id}).scalar()
+            secret = None if key_id is None else self.webhook_secret(key_id)
+        if secret is None:
+            raise NotFound(_NO_KEY)
+        return str(secret)
 
     def authenticate(self, secret: str) -> Key:
         """Return the key that ``secret`` (spaces around it ignored) belongs to.
@@ -109,6 +147,11 @@ class KeyStore:
         """Tell whether some key can be used."""
         with reading(self._engine) as db:
             return db.execute(self._queries["any_key"]).first() is not None
+
+
+def _new_webhook_secret() -> str:
+    """Draw 256 bits, in a form that is a key as text (``v3``) and as base64 (Standard Webhooks)."""
+    return WEBHOOK_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode("ascii")
 
 
 def _hash(secret: str) -> str:

@@ -23,6 +23,7 @@ DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
     "sqlite": {
         "now": "cast(round(unixepoch('subsec') * 1000) as integer)",
         "greatest": "max",
+        "listed_ids": "(select value from json_each(:ids))",
         "for_update": "",  # BEGIN IMMEDIATE has locked the whole file already
         "skip_locked": "",
         "missing_loras": "(select count(*) from json_each(due.lora_key) as needed"
@@ -31,6 +32,7 @@ DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
     "postgresql": {
         "now": "cast(extract(epoch from statement_timestamp()) * 1000 as bigint)",
         "greatest": "greatest",
+        "listed_ids": "(select json_array_elements_text(cast(:ids as json)))",
         "for_update": "for update",
         "skip_locked": "for update of p skip locked",
         "missing_loras": "(select count(*) from json_array_elements_text(cast(due.lora_key as json)) as needed(value)"

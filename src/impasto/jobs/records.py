@@ -46,6 +46,9 @@ class NewJob:
     lora_key: tuple[str, ...] = ()  # LoRAs it needs; a worker that has them loaded is preferred
     priority: int = 0  # higher goes first, whatever the fair share says
     idempotency_key: str | None = None  # the same text from the same key is the same job
+    webhook_url: str | None = None  # told of the job's end
+    body_hash: str | None = None  # of the request; one that is sent again has the same
+    held: bool = False  # whether a synchronous request waits for it
 
     def __post_init__(self) -> None:
         if not 0 < self.cost < math.inf:
@@ -98,9 +101,11 @@ class Job:
     loras: tuple[dict[str, Any], ...]  # what became of each LoRA, as JSON values; empty unless completed
     progress: dict[str, Any]
     cancel_requested: bool
+    withdrawn: bool  # its client hung up before it began: no worker takes it unless the same request comes again
     created_at: datetime  # UTC, whole milliseconds, by the database's clock; so are the next two
     started_at: datetime | None
     finished_at: datetime | None
+    expired_at: datetime | None  # its pictures were deleted then
     pool: str = field(repr=False)
     lora_key: tuple[str, ...] = field(repr=False)
 
@@ -127,9 +132,11 @@ class Job:
             loras=tuple(json.loads(row["loras"])),
             progress=json.loads(row["progress"]),
             cancel_requested=bool(row["cancel_requested"]),
+            withdrawn=bool(row["withdrawn"]),
             created_at=moment(row["created_at"]),
             started_at=_optional_moment(row["started_at"]),
             finished_at=_optional_moment(row["finished_at"]),
+            expired_at=_optional_moment(row["expired_at"]),
             pool=row["pool"],
             lora_key=tuple(json.loads(row["lora_key"])),
         )

@@ -16,12 +16,15 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult, Engine
 
-from impasto.errors import NotFound, TooManyRequests, Unauthorized
+from impasto.errors import Conflict, NotFound, TooManyRequests, Unauthorized
 from impasto.jobs.database import CommitCounter, reading, writing
 from impasto.jobs.queries import queries
 from impasto.jobs.records import Beat, Job, Lease, NewJob, Output, is_job_id
-from impasto.jobs.states import Outcome, Status, check_move
+from impasto.jobs.states import TERMINAL, Outcome, Status, check_move
+from impasto.jobs.webhooks import record_webhook
 
+REJOIN_SECONDS: Final = 15.0  # how long after its client hung up a job can be come back to
+WITHDRAWN: Final = "cancelled: the synchronous request was dropped before it began"
 AFFINITY_BUCKET: Final = 4.0  # default pictures' worth of fair share within which loaded LoRAs may go first
 
 
@@ -36,6 +39,11 @@ class JobStore:
         self._queries = queries(engine.dialect.name)
         self._commits = CommitCounter(engine)
 
+    @property
+    def engine(self) -> Engine:
+        """The database, for the stores of other subjects beside this one."""
+        return self._engine
+
     def close(self) -> None:
         """Let go of the connection behind ``changes``."""
         self._commits.close()
@@ -44,20 +52,46 @@ class JobStore:
         """Accept a job; once this returns, it survives a crash of everything but the disk.
 
         A job with an ``idempotency_key`` that its API key used before is not made again: the first one is returned.
+        Nor is one whose client hung up on the same body less than ``REJOIN_SECONDS`` ago, if that has not failed.
 
         Raises:
+            Conflict: The idempotency key was used for another body.
             TooManyRequests: The API key has ``max_queued`` jobs waiting already.
             Unauthorized: The API key does not exist or was revoked.
         """
         with writing(self._engine) as db:
             if self._run(db, "lock_key", key_id=job.key_id).first() is None:
                 raise Unauthorized("this API key was revoked; use another")
-            repeat = self._run(db, "find_repeat", key_id=job.key_id, idempotency_key=job.idempotency_key).mappings()
-            if row := repeat.first():
-                return Job.from_row(row)
+            if there := self._repeated(db, job) or self._dropped(db, job):
+                return there
             if self._run(db, "count_waiting_of_key", key_id=job.key_id).scalar_one() >= max_queued:
                 raise TooManyRequests(f"{max_queued} jobs of this key are waiting; send more when some have finished")
             return self._insert(db, job)
+
+    def _repeated(self, db: Connection, job: NewJob) -> Job | None:
+        """Return the job that the same idempotency key made, if there is one; a deleted one is none."""
+        values = {"key_id": job.key_id, "idempotency_key": job.idempotency_key}
+        row = self._run(db, "find_repeat", **values).mappings().first()
+        if row is None or self._run(db, "free_idempotency_key", id=row["id"]).rowcount:
+            return None
+        if row["body_hash"] != job.body_hash:
+            raise Conflict("this Idempotency-Key was used for another request; send a new key, or the same request")
+        if row["status"] in TERMINAL:
+            return Job.from_row(row)
+        return self._rejoined(db, job, row) or Job.from_row(self._run(db, "get_job", id=row["id"]).mappings().one())
+
+    def _dropped(self, db: Connection, job: NewJob) -> Job | None:
+        """Return the job that the same request made before its client hung up, if it is not too late."""
+        values = {"key_id": job.key_id, "body_hash": job.body_hash, "window": _milliseconds(REJOIN_SECONDS)}
+        row = self._run(db, "find_dropped", **values).mappings().first()
+        return self._rejoined(db, job, row) if row else None
+
+    def _rejoined(self, db: Connection, job: NewJob, row: Mapping[Any, Any]) -> Job | None:
+        """Let a request that came again have the job of ``row``; ``None`` if that ended meanwhile."""
+        joined = self._run(db, "rejoin_job", id=row["id"], held=int(job.held)).mappings().first()
+        if joined is not None and row["withdrawn"]:
+            self._run(db, "record_event", id=row["id"], type="created")
+        return Job.from_row(joined) if joined else None
 
     def _insert(self, db: Connection, job: NewJob) -> Job:
         fair = self._run(db, "advance_key", key_id=job.key_id, pool=job.pool, cost=job.cost).scalar_one()
@@ -74,6 +108,9 @@ class JobStore:
             lora_key=_names(job.lora_key),
             input=json.dumps(job.input),
             seed=job.seed,
+            webhook_url=job.webhook_url,
+            body_hash=job.body_hash,
+            holders=int(job.held),
         )
         created = Job.from_row(row.mappings().one())
         self._run(db, "record_event", id=created.id, type="created")
@@ -87,12 +124,12 @@ class JobStore:
             key_id: Where given, only a job of this key is found.
 
         Raises:
-            NotFound: There is none, or it belongs to another key; the two look the same.
+            NotFound: There is none, it was deleted, or it belongs to another key; they look the same.
         """
         if is_job_id(job_id):
             with reading(self._engine) as db:
                 row = self._run(db, "get_job", id=job_id).mappings().first()
-            if row is not None and key_id in (None, row["key_id"]):
+            if row is not None and row["deleted_at"] is None and key_id in (None, row["key_id"]):
                 return Job.from_row(row)
         raise NotFound("there is no such prediction; check the id and the API key")
 
@@ -128,10 +165,17 @@ class JobStore:
                 self._run(db, "record_event", id=row["id"], type="started")
         return [Job.from_row(row) for row in rows]
 
-    def heartbeat(self, worker: str, progress: Mapping[Lease, Mapping[str, Any]], lease_seconds: float) -> Beat:
+    def heartbeat(
+        self,
+        worker: str,
+        progress: Mapping[Lease, Mapping[str, Any]],
+        lease_seconds: float,
+        previews: Mapping[Lease, str] | None = None,
+    ) -> Beat:
         """Prolong the leases a worker holds, note how far each job is, and tell it which to drop.
 
-        A job whose owner cancelled it ends here, so the worker has only to forget it.
+        A job whose owner cancelled it ends here, so the worker has only to forget it. ``previews`` are shown in place
+        of what those jobs showed before, and go when their jobs end; see ``events.encode_previews``.
         """
         lost: set[Lease] = set()
         cancelled: set[Lease] = set()
@@ -147,6 +191,8 @@ class JobStore:
                 elif row.cancel_requested:
                     self._end_cancelled(db, lease)
                     cancelled.add(lease)
+                elif previews and lease in previews:
+                    self._run(db, "show_preview", **asdict(lease), preview=previews[lease])
         return Beat(frozenset(lost), frozenset(cancelled))
 
     def complete(
@@ -201,7 +247,31 @@ class JobStore:
                 row = self._run(db, "cancel_job", id=job_id, key_id=key_id).first()
                 if row is not None and row.status == Status.CANCELLED:
                     self._run(db, "record_event", id=job_id, type=Status.CANCELLED)
+                    record_webhook(db, job_id)
         return self.get(job_id, key_id)
+
+    def held_for(self, key_id: str, body_hash: str) -> float | None:
+        """Return the age in seconds of a job with this body, not ended, that a synchronous request still holds."""
+        with reading(self._engine) as db:
+            age = self._run(db, "find_held", key_id=key_id, body_hash=body_hash).scalar()
+        return None if age is None else float(age) / 1000
+
+    def drop(self, job_id: str, *, withdraw: bool = True) -> bool:
+        """Note that a client hung up on its job; the same request finds it again for ``REJOIN_SECONDS``.
+
+        Args:
+            job_id: Its job. One that is ended, other than completed, stays as it is.
+            withdraw: Whether no worker is to begin it now, unless another client holds it too.
+
+        Returns:
+            Whether it is withdrawn.
+        """
+        with writing(self._engine) as db:
+            row = self._run(db, "drop_job", id=job_id, withdraw=withdraw).first()
+            withdrawn = row is not None and bool(row.withdrawn)
+            if withdrawn:
+                self._run(db, "record_event", id=job_id, type="withdrawn")
+        return withdrawn
 
     def abandon(self, worker: str) -> None:
         """End the leases of a worker that is known to be dead, so that ``reap`` need not wait for them."""
@@ -212,12 +282,16 @@ class JobStore:
         """Take jobs away from workers that fell silent; anybody may call this, as often as they like.
 
         A job goes back to its place in the queue, or fails if ``max_attempts`` workers died while running it:
-        such a job is likely to be what kills them.
+        such a job is likely to be what kills them. A withdrawn job that nobody came back to ends as cancelled.
 
         Returns:
             Ids of the jobs that were taken away.
         """
         with writing(self._engine) as db:
+            gone = self._run(db, "end_withdrawn", error=WITHDRAWN, window=_milliseconds(REJOIN_SECONDS)).all()
+            for row in gone:
+                self._run(db, "record_event", id=row.id, type=Status.CANCELLED)
+                record_webhook(db, row.id)
             rows = self._run(db, "expired").all()
             for row in rows:
                 lease = Lease(row.id, row.attempt)
@@ -290,6 +364,8 @@ class JobStore:
     def _note(self, db: Connection, lease: Lease, outcome: Outcome, event: str) -> None:
         self._run(db, "end_attempt", **asdict(lease), outcome=outcome)
         self._run(db, "record_event", id=lease.id, type=event)
+        if event in TERMINAL:
+            record_webhook(db, lease.id)
 
 
 def _milliseconds(seconds: float) -> int:

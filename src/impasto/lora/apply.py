@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from impasto.errors import LoraError
-from impasto.lora.cache import ByteCache, FileState, ParsedFiles
+from impasto.lora.budgets import Budgets
+from impasto.lora.cache import ITEM_BYTES, ByteCache, FileState, ParsedFiles
 from impasto.lora.contents import LoraContents
 from impasto.lora.formats import read_lora
 from impasto.lora.keys import Target, TargetNames
@@ -31,7 +32,6 @@ from impasto.types import LoraRef
 
 Reader = Callable[[Path, TargetNames, str], LoraContents]
 
-GIB = 2**30
 TEXT_NETWORKS = ("text_encoder", "text_encoder_2")
 IMAGE_SHARE = 2  # a set's patched weights may take one part in so many of the budget, so that two sets fit
 
@@ -63,23 +63,6 @@ class LoraFile:
 LoraSet = tuple[LoraFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that may be kept to make switches fast; none is needed for them to be right.
-
-    Attributes:
-        parsed: Files' patches in main memory.
-        prepared: Factors, or whole patched weights, of the sets used last, on the networks' device.
-        own: The model's own values of weights that are not patched now; ``None``: as many as were ever patched.
-        own_on: Where own values are kept; ``None``: beside the weights.
-    """
-
-    parsed: int = 2 * GIB
-    prepared: int = 2 * GIB
-    own: int | None = None
-    own_on: torch.device | None = None
-
-
 @dataclass(slots=True, eq=False)
 class Prepared:
     """A set, ready for one network: for each weight a name for what it becomes, and how."""
@@ -89,7 +72,7 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """Bytes it holds."""
-        return sum(recipe.nbytes for _, recipe in self.wanted.values())
+        return sum(ITEM_BYTES + recipe.nbytes for _, recipe in self.wanted.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +81,25 @@ class Switch:
 
     seconds: float
     weights: int  # that were written
+
+
+@dataclass(slots=True)
+class Counts:
+    """What switches there were since the start."""
+
+    switches: int = 0
+    seconds: float = 0.0  # of all of them
+    hits: int = 0  # the set was ready in memory
+    misses: int = 0
+
+    def to_json(self) -> dict[str, float]:
+        """Return the numbers by name."""
+        return {
+            "lora_switches": self.switches,
+            "lora_switch_seconds": self.seconds,
+            "lora_cache_hits": self.hits,
+            "lora_cache_misses": self.misses,
+        }
 
 
 class Adapters:
@@ -122,6 +124,7 @@ class Adapters:
         self._prepared: ByteCache[object, Prepared] = ByteCache(budgets.prepared)
         self._on: dict[str, LoraSet] = dict.fromkeys(self._networks, ())  # without those an error left half changed
         self.last_switch: Switch | None = None  # for a cost model
+        self.counts = Counts()
 
     def resolve(self, loras: Sequence[LoraRef]) -> LoraSet:
         """Look the files up as they are now and read them; a file that is replaced on disk makes another set.
@@ -198,6 +201,9 @@ class Adapters:
         start = time.perf_counter()
         key = (network, self._weights.device(network), loras)
         known = self._prepared.get(key)
+        if loras:
+            self.counts.hits += known is not None
+            self.counts.misses += known is None
         prepared = known or self._prepare(network, loras)
         self._on.pop(network, None)  # unknown, so that after an error the next call looks again
         try:
@@ -212,6 +218,8 @@ class Adapters:
         if written:
             _wait_for(self._weights.device(network))
             self.last_switch = Switch(time.perf_counter() - start, written)
+            self.counts.switches += 1
+            self.counts.seconds += self.last_switch.seconds
 
     def _prepare(self, network: str, loras: LoraSet) -> Prepared:
         """Collect what each weight gets, in the request's order."""

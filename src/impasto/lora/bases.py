@@ -61,6 +61,7 @@ _WORDS: Final = (
 )  # fmt: skip
 _METADATA: Final = ("modelspec.architecture", "ss_base_model_version")
 _MODEL_NAME: Final = "ss_sd_model_name"
+MOST_NOTED: Final = 1000  # characters of a note that are looked at
 
 # What a file without adapters is, by names that only it has; the first that fits.
 _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -79,7 +80,18 @@ _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(^|\.)blocks\.\d+\.(cross_attn|self_attn)\.", "a Wan model"),
         (r"^(unet\.)?(down|up)_blocks\.\d+\..*\.(weight|bias)$|^input_blocks\.\d+\.\d+\.", "a whole UNet"),
         (r"^(vae\.)?(encoder|decoder|quant_conv|post_quant_conv)\.(conv_in|mid|down|up|weight)", "a VAE"),
-        (r"^(text_model\.)?(encoder\.layers|transformer\.resblocks)\.\d+\.", "a text encoder"),
+        (r"^(adapter\.)?body\.\d+\.(resnets|block\d|in_conv|skep)|^adapter\.(conv_in|body)", "a T2I-Adapter"),
+        (
+            r"^(params(_ema)?\.)?(conv_first|conv_body|trunk_conv|body\.\d+\.rdb\d)|^model\.\d+\.(sub\.|weight$)",
+            "an upscaler",
+        ),
+        (r"^id_encoder\.", "an identity adapter (PhotoMaker)"),
+        (r"^(visual|vision_model)\.|^image_encoder\.", "an image encoder"),
+        (r"^\d{3,4}\.\d+\.linear\.", "a hypernetwork"),
+        (
+            r"^(text_model\.)?(encoder\.layers|transformer\.resblocks)\.\d+\.|^encoder\.block\.\d+\.layer\.",
+            "a text encoder",
+        ),
     )
 )
 _INSTEAD = {
@@ -112,7 +124,8 @@ def base_of(modules: Mapping[str, tuple[int, ...] | None], metadata: Mapping[str
         One of this file's words, or ``unknown``.
     """
     image = {name: shape for name, shape in modules.items() if not of_text(name)}
-    told, noted = _of_image(image), base_of_metadata(metadata)
+    noted = base_of_metadata(metadata)
+    told = _of_image(image, noted)
     if noted in RELATIVES and told in (SDXL, None):
         return noted
     texts = modules.keys() - image.keys()
@@ -123,13 +136,10 @@ def base_of(modules: Mapping[str, tuple[int, ...] | None], metadata: Mapping[str
 
 def base_of_metadata(metadata: Mapping[str, str]) -> str | None:
     """Tell the base model by what the trainer wrote down."""
-    model = metadata.get(_MODEL_NAME, "").lower()
-    for key, known in ((_MODEL_NAME, _RELATED), *((key, _WORDS) for key in _METADATA)):
-        words = model if key == _MODEL_NAME else metadata.get(key, "").lower()
-        for word, family in known:
-            if word in words:
-                return family
-    return SD2 if metadata.get("ss_v2") == "True" else None
+    texts = [(_MODEL_NAME, _RELATED), *((key, _WORDS) for key in _METADATA)]
+    notes = [(metadata.get(key, "")[:MOST_NOTED].lower(), words) for key, words in texts]
+    found = (family for text, words in notes for word, family in words if word in text)
+    return next(found, SD2 if metadata.get("ss_v2") == "True" else None)
 
 
 def not_a_lora(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -142,13 +152,15 @@ def not_a_lora(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def _of_image(modules: Mapping[str, tuple[int, ...] | None]) -> str | None:
+def _of_image(modules: Mapping[str, tuple[int, ...] | None], noted: str | None) -> str | None:
     """Tell the base model by the modules that are not a text encoder's: by families' names first, then by widths."""
     if family := foreign_family(modules):
         return family
     widths = [shape[1] for name, shape in modules.items() if shape and len(shape) > 1 and _CONTEXT.match(name)]
-    by_width = _most_common(_WIDTHS[width] for width in widths if width in _WIDTHS)
-    return by_width or _most_common(family for name in modules if (family := _by_name(name)))
+    if by_width := _most_common(_WIDTHS[width] for width in widths if width in _WIDTHS):
+        return by_width
+    by_name = _most_common(family for name in modules if (family := _by_name(name)))
+    return SD2 if by_name == SD1 and noted == SD2 else by_name  # whose names are the same
 
 
 def _by_name(name: str) -> str | None:

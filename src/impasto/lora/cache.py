@@ -18,6 +18,8 @@ from impasto.errors import LoraError
 from impasto.lora.contents import LoraContents
 from impasto.lora.patch import Patch
 
+ITEM_BYTES = 1024  # for the objects about a tensor, so that very many small ones are bounded too
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -88,7 +90,7 @@ class ParsedFiles:
 
     Args:
         read: Reads a file; its second argument is the request field to name in errors.
-        budget: Bytes of tensors that are kept.
+        budget: Bytes that are kept.
     """
 
     def __init__(self, read: Callable[[Path, str], LoraContents], budget: int) -> None:
@@ -97,7 +99,7 @@ class ParsedFiles:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors held."""
+        """Bytes held."""
         return self._cache.bytes
 
     def contents(self, file: FileState, field: str) -> LoraContents:
@@ -109,16 +111,9 @@ class ParsedFiles:
         known = self._cache.get(file)
         if known is not None:
             return known
-        try:
-            unchanged = FileState.now(file.path) == file
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise LoraError(
-                field, f"changed while the request waited: send it again to use {file.path.name!r} as it is"
-            )
+        _check_unchanged(file, field)
         contents = self._read(file.path, field)
-        self._cache.put(file, contents, sum(map(patch_bytes, contents.patches.values())))
+        self._cache.put(file, contents, contents_bytes(contents))
         return contents
 
     def clear(self) -> None:
@@ -133,6 +128,14 @@ def _check_unchanged(file: FileState, field: str) -> None:
     except OSError:
         pass
     raise LoraError(field, f"changed while the request waited: send it again to use {file.path.name!r} as it is")
+
+
+def contents_bytes(contents: LoraContents) -> int:
+    """Bytes that a file takes in memory: tensors, and text that its author chose the length of."""
+    text = (*contents.metadata, *contents.metadata.values(), *contents.unmatched, *contents.ignored)
+    modules = (mismatch.module for mismatch in contents.mismatched)
+    words = sum(map(len, (*text, *modules, *contents.trigger_words)))
+    return words + sum(ITEM_BYTES + patch_bytes(patch) for patch in contents.patches.values())
 
 
 def patch_bytes(patch: Patch) -> int:

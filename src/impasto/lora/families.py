@@ -23,8 +23,8 @@ _START: Final = (
 # Names that no U-Net of the Stable Diffusion kind has. Its own ``transformer_blocks`` stand inside a block.
 _FOREIGN: Final = re.compile(
     rf"motion_modules[._]|lora_prior_|(up|down)_blocks[._]\d+[._]\d+[._]attention[._]|attentions[._]\d[._]add_[kv]_proj"
-    rf"|{_START}(?:\w*_)?(?:blocks|layers|refiner)[._]\d+[._](?!\d|resnets|attentions|(down|up)samplers|0[._])"
-    rf"|{_START}(?:double|single|joint)_\w*blocks[._]\d|{_START}transformer_blocks[._]\d"
+    rf"|{_START}(?:[a-z]+_){{0,3}}(?:blocks|layers|refiner)[._]\d+[._](?!\d|resnets|attentions|(down|up)samplers)"
+    rf"|{_START}(?:double|single)_layers[._]\d"
     rf"|{_START}(?:img_in|txt_in|x_embedder|context_embedder|final_layer|proj_out|norm_out|time_text_embed|adaln_single"
     rf"|caption_projection|patch_embed\w*|condition_embedder|distilled_guidance_layer|time_guidance_embed)([._]|$)"
 )
@@ -52,9 +52,11 @@ _NAMES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
     )
 )
 # What the attention of a family's blocks reads, where its names alone are many families'.
-_ATTENTION: Final = re.compile(r"(blocks|layers)[._]\d+[._](attn1?|attention)[._](to_[qkv]|qkv|add_[qkv]_proj)$")
+_ATTENTION: Final = re.compile(
+    r"(blocks|layers|refiner)[._]\d+[._](attn[12]?|attention)[._](to_[qkv]|qkv|add_[qkv]_proj)$"
+)
 _WIDTHS: Final[Mapping[tuple[str, int], str]] = {
-    ("SD 3", 3072): "Qwen-Image", ("Lumina", 3840): "Z-Image", (TRANSFORMER, 3840): "Z-Image",
+    ("SD 3", 3072): "Flux or Qwen-Image", ("Lumina", 3840): "Z-Image", (TRANSFORMER, 3840): "Z-Image",
     (TRANSFORMER, 2304): "Lumina", (TRANSFORMER, 1536): "SD 3", (TRANSFORMER, 2432): "SD 3",
     (TRANSFORMER, 1152): "PixArt", (TRANSFORMER, 2240): "Sana", (TRANSFORMER, 2048): "LTX-Video",
     (TRANSFORMER, 4096): "LTX-Video", (TRANSFORMER, 1920): "CogVideoX", (TRANSFORMER, 1408): "Hunyuan",

@@ -7,7 +7,7 @@ Knows the order of things: gate, names, tensors, kinds, verdict. What each of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch import Tensor
 from impasto.errors import LoraError
 from impasto.lora import bases
 from impasto.lora.base_model import base_model
+from impasto.lora.checks import MalformedError, WrongSizeError
 from impasto.lora.contents import LoraContents, Mismatch
 from impasto.lora.gate import Header, check_header
-from impasto.lora.keys import UNETS, Match, Target, TargetNames
-from impasto.lora.kinds import Adapter, MalformedError, WrongSizeError, read_patches
+from impasto.lora.keys import UNETS, Match, Spelling, Target, TargetNames
+from impasto.lora.kinds import Adapter, read_patches
 from impasto.lora.notes import trigger_words
 from impasto.lora.patch import Patch
 from impasto.lora.scaling import BadConfigError, Scaling, read_scaling
@@ -31,7 +32,6 @@ from impasto.lora.tensors import Keys, sort_keys
 
 MAX_SHOWN = 100  # characters of a name repeated in an error
 _NO_WEIGHTS = {"alpha", "scaled_oft", "reshape_weight"}  # parts that do nothing alone
-_OF_BIASES = {"diff_b", "b_norm", "alpha"}
 _CHOOSE = "choose a LoRA made for SDXL"
 
 Modules = dict[str, tuple[Match, dict[str, str]]]
@@ -42,10 +42,26 @@ class _Found:
     """What the file turned out to hold so far."""
 
     patches: dict[Target, Patch] = field(default_factory=dict)
-    matched: set[str] = field(default_factory=set)
+    names: dict[Target, tuple[Spelling, str]] = field(default_factory=dict)  # of the module that each patch is from
+    twice: list[str] = field(default_factory=list)  # modules that fitted, of which another spelling was taken
     unmatched: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+
+    def take(self, name: str, spelling: Spelling, place: Target, patch: Patch) -> None:
+        """Take a patch, unless the same parameter has one under a better spelling: never both."""
+        other = self.names.get(place)
+        if other is not None and other[0] <= spelling:
+            self.twice.append(name)
+            return
+        if other is not None:
+            self.twice.append(other[1])
+        self.names[place] = spelling, name
+        self.patches[place] = patch
+
+    def matched(self) -> set[str]:
+        """Return the modules that something was taken from."""
+        return {name for place, (_, name) in self.names.items() if place in self.patches}
 
 
 def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraContents:
@@ -59,32 +75,36 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
     Raises:
         LoraError: The file is no LoRA, is broken, fits nothing of the model, or was mostly made for another base: a
             base that is told as another one is refused where fewer than half of the file's modules fit, or none of
-            those of its UNet.
+            those beside the text encoders.
     """
     header = check_header(path, field)
     keys = sort_keys(header.tensors)
     found = _Found(ignored=list(keys.beside))
     if keys.twice:
-        raise LoraError(field, f"names {keys.twice[0][:MAX_SHOWN]!r} in two spellings, so which counts is not known")
+        name = keys.twice[0][:MAX_SHOWN]
+        raise LoraError(field, f"names {name!r} in two spellings, so which counts is not known; save one of them")
     modules = _matched(keys, model, found)
     _sort_strange(keys, header, found)
     try:
         scaling = read_scaling(header.metadata, path)
         with path.open("rb") as raw, safe_open(path, framework="pt") as file:
+            shared = {key: file.get_tensor(key).clone() for keys_of in keys.shared.values() for key in keys_of.values()}
             for name, (match, parts) in modules.items():
-                _read_module(name, match, _tensors(file, parts), model, scaling, found, field)
+                _read_module(name, match, _tensors(file, parts, shared), model, scaling, found, field)
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
         raise LoraError(field, f"cannot be read ({type(error).__name__}); fetch it again") from None
     except BadConfigError as error:
         raise LoraError(field, f"{error}; save it again without") from None
     _leave_refiner(found)
+    matched = found.matched()
+    found.ignored.extend(name for name in dict.fromkeys(found.twice) if name not in matched)
     return LoraContents(
         patches=found.patches,
         unmatched=tuple(found.unmatched),
         mismatched=tuple(found.mismatched),
         ignored=tuple(found.ignored),
-        base_model=_verdict(keys, header, found, field),
+        base_model=_verdict(keys, header, found, model, field),
         trigger_words=trigger_words(header.metadata),
         metadata=header.metadata,
         sha256=digest,
@@ -92,28 +112,28 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
 
 
 def _matched(keys: Keys, model: TargetNames, found: _Found) -> Modules:
-    """Return the modules that the model has. Of one that is named twice the better spelling is taken, never both."""
-    best: dict[tuple[tuple[Target, ...], bool], str] = {}
+    """Return the modules that the model has."""
     modules: Modules = {}
     for name, parts in keys.modules.items():
         if parts.keys() <= _NO_WEIGHTS:
             found.ignored.extend(parts.values())
-            continue
-        match = model.match(name)
-        if match is None:
+        elif match := model.match(name):
+            modules[name] = match, parts | _shared(keys, name, parts)
+        else:
             found.unmatched.append(name)
-            continue
-        place = match.targets, parts.keys() <= _OF_BIASES
-        other = best.get(place)
-        if other is not None and modules[other][0].spelling <= match.spelling:
-            found.ignored.append(name)
-            continue
-        if other is not None:
-            found.ignored.append(other)
-            del modules[other]
-        best[place] = name
-        modules[name] = match, parts
     return modules
+
+
+def _shared(keys: Keys, name: str, parts: Mapping[str, str]) -> dict[str, str]:
+    """Return what a module of a VeRA shares with those under the same words."""
+    if not keys.shared or not parts.keys() & {"vera_b", "vera_d"}:
+        return {}
+    return {
+        part: key
+        for part, places in keys.shared.items()
+        for prefix, key in sorted(places.items(), key=lambda place: len(place[0]))
+        if name.startswith(prefix)
+    }
 
 
 def _sort_strange(keys: Keys, header: Header, found: _Found) -> None:
@@ -123,9 +143,9 @@ def _sort_strange(keys: Keys, header: Header, found: _Found) -> None:
         (found.ignored if shape in ((), (1,)) else found.unmatched).append(key)
 
 
-def _tensors(file: Any, parts: dict[str, str]) -> dict[str, Tensor]:
+def _tensors(file: Any, parts: dict[str, str], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Cloned, because a tensor is a view of the file's pages, and the file may be overwritten while we keep it.
-    return {part: file.get_tensor(key).clone() for part, key in parts.items()}
+    return {part: shared[key] if key in shared else file.get_tensor(key).clone() for part, key in parts.items()}
 
 
 def _read_module(
@@ -146,12 +166,10 @@ def _read_module(
             if shape is None:
                 missing.append(f"{name}.{place.parameter}")
             elif patch.fits(torch.Size(shape)):
-                found.patches[place] = patch
+                found.take(name, match.spelling, place, patch)
                 fitted = True
             else:
                 mismatches.append(Mismatch(name, patch.shape, shape))
-    if fitted:
-        found.matched.add(name)
     # A name that the base and the refiner share fits one of them: that is a match.
     if len(match.targets) == 1 or not fitted:
         found.mismatched.extend(mismatches[:1] if len(match.targets) > 1 else mismatches)
@@ -167,9 +185,10 @@ def _patches(
         parts=parts,
         shape=model.shape(target) or (),
         scale=partial(scaling.scale, target.network, target.module),
-        peft_rank=scaling.rank(target.network, target.module),
+        peft_rank=partial(scaling.rank, target.network, target.module),
         peft_kind=str(config.get("peft_type", "LORA")).rpartition(".")[2].upper() if from_peft else None,
         neumann_terms=_neumann_terms(config),
+        has_bias=model.shape(Target(target.network, target.module, "bias")) is not None,
     )
     try:
         patches = read_patches(adapter)
@@ -197,8 +216,10 @@ def _leave_refiner(found: _Found) -> None:
             return
 
 
-def _verdict(keys: Keys, header: Header, found: _Found, field: str) -> str:
-    """Return the base model that the file was made for.
+def _verdict(keys: Keys, header: Header, found: _Found, model: TargetNames, field: str) -> str:
+    """Return the base model that the file was made for; the modules beside the text encoders alone decide.
+
+    The text encoders cannot: SD 1.5, SDXL, SD 3 and Flux share the first, SDXL and SD 3 the second.
 
     Raises:
         LoraError: It is another one's, or no LoRA at all.
@@ -207,29 +228,58 @@ def _verdict(keys: Keys, header: Header, found: _Found, field: str) -> str:
     base = base_model(header)
     named = [name for name, parts in keys.modules.items() if not parts.keys() <= _NO_WEIGHTS]
     if not found.patches:
-        raise LoraError(field, _nothing_fits(base, named, shapes, found))
-    missed = len(found.unmatched) + len(found.mismatched)
-    mostly = len(found.matched) < missed
-    no_unet = bool(found.mismatched or found.unmatched) and not any(t.network in UNETS for t in found.patches)
-    if base not in (*bases.OURS, bases.UNKNOWN) and (mostly or (no_unet and missed)):
-        total = len(found.matched) + missed
-        raise LoraError(field, f"is for {base}, and {missed} of its {total} modules do not fit this model; {_CHOOSE}")
-    if base in bases.OURS or mostly:
+        raise LoraError(field, _nothing_fits(base, named, keys, shapes, found, model))
+    fitted = {name for place, (_, name) in found.names.items() if place in found.patches and place.network in UNETS}
+    left = [*found.unmatched, *(mismatch.module for mismatch in found.mismatched)]
+    missed = [name for name in left if not bases.of_text(name)]
+    if missed and (_text_alone(base, fitted, missed, found) or (bases.is_foreign(base) and len(fitted) < len(missed))):
+        raise LoraError(field, _mostly_left(base, fitted, missed, found, model))
+    if not fitted or base in (*bases.OURS, *bases.RELATIVES) or len(fitted) < len(missed):
         return base
     return _base_by_fit(found)
 
 
+def _text_alone(base: str, fitted: set[str], missed: list[str], found: _Found) -> bool:
+    """Whether the file has a UNet's part of which nothing fits; a few strays beside text encoders are none."""
+    if fitted:
+        return False
+    strays = not bases.is_foreign(base) and 2 * len(missed) < len(found.matched())
+    return not strays or any(not bases.of_text(mismatch.module) for mismatch in found.mismatched)
+
+
 def _base_by_fit(found: _Found) -> str:
-    """What fits the model is for the model, whatever the metadata say."""
+    """What fits the model's UNet is for the model, whatever the metadata say."""
     networks = {target.network for target in found.patches}
     return bases.REFINER if "refiner" in networks and "unet" not in networks else bases.SDXL
 
 
-def _nothing_fits(base: str, named: list[str], shapes: dict[str, tuple[int, ...]], found: _Found) -> str:
+def _mostly_left(base: str, fitted: set[str], missed: list[str], found: _Found, model: TargetNames) -> str:
+    left = len(found.unmatched) + len(found.mismatched)
+    unet = f"{len(missed)} of the {len(fitted) + len(missed)} beside the text encoders"
+    total = len(found.matched()) + left
+    return f"{_whose(base, model)}, and {left} of its {total} modules ({unet}) do not fit this model; {_CHOOSE}"
+
+
+def _whose(base: str, model: TargetNames) -> str:
+    """Say which model a file that does not fit is for."""
+    if base == bases.UNKNOWN:
+        return "is for another base model"
+    if base == bases.REFINER and "refiner" not in model.networks:
+        return "is for the SDXL refiner, which is not loaded here"
+    return f"is for {base} of another size than this model" if base in bases.OURS else f"is for {base}"
+
+
+def _nothing_fits(
+    base: str, named: list[str], keys: Keys, shapes: dict[str, tuple[int, ...]], found: _Found, model: TargetNames
+) -> str:
     """Say what a file is that does nothing for this model, and what to do."""
-    other = bases.not_a_lora(shapes) if not named else None
-    if other is not None:
-        return f"is {other}"
+    if keys.unread and not found.mismatched:
+        return f"is of the kind {keys.unread}, which is not read here; save it as a LoRA, or choose another"
+    # What stands beside adapters of no module of ours tells what they are a part of.
+    other = bases.not_a_lora({key: shapes[key] for key in keys.strange} if named else shapes)
+    if other is not None and not found.mismatched:
+        whole = bases.is_foreign(base) and other.startswith("a whole")
+        return f"is a whole {base} model, not a LoRA; {_CHOOSE}" if whole else f"is {other}"
     if not named:
         first = min(shapes)[:MAX_SHOWN]
         return f"holds no LoRA that is known here, first of {len(shapes)} tensors is {first!r}; {_CHOOSE}"
@@ -241,6 +291,4 @@ def _nothing_fits(base: str, named: list[str], shapes: dict[str, tuple[int, ...]
         )
     else:
         sizes = f"none of its {len(named)} modules is in it, first {named[0][:MAX_SHOWN]!r}"
-    whose = "another base model" if base == bases.UNKNOWN else base
-    whose = f"{whose} of another size than this model" if base in bases.OURS else whose
-    return f"is not for this model: it is for {whose} ({sizes}); {_CHOOSE}"
+    return f"is not for this model: it {_whose(base, model)} ({sizes}); {_CHOOSE}"

@@ -27,7 +27,17 @@ SHOWN: Final = 100  # characters of a file's words repeated in an error
 
 # The two halves of a low-rank product, in every spelling: kohya, PEFT, old and new diffusers.
 _HALF: Final = re.compile(
-    r"(?P<module>.*?)[._]lora(?:_linear_layer)?[._](?P<half>down|up|A|B)(?:(?:\.[\w-]+)?\.weight)?"
+    r"(?P<module>.*?)[._](?:lora(?:_linear_layer)?[._]|vera_)(?P<half>down|up|A|B)(?:(?:\.[\w-]+)?\.weight)?"
+)
+# A text of the header, and how long it is where its length no longer counts as names. One that never ends goes on to
+# the end, so that no byte is looked at twice.
+_TEXT: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_LONG_TEXT: Final = 1024  # bytes
+_KEPT_TEXT: Final = 2**20  # bytes of a text that are read
+_KEPT_TEXTS: Final = 8  # of that length
+# As much of a text as is whole letters; two escapes can be one.
+_LETTERS: Final = re.compile(
+    rb'"(?:[^"\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+'
 )
 _RANK_AXIS: Final = {"down": 0, "A": 0, "up": 1, "B": 1}
 
@@ -38,14 +48,18 @@ class GateLimits:
 
     Attributes:
         file_bytes: A LoRA of rank 256 over all of SDXL is under 2 GiB.
-        header_bytes: Names and metadata; 12,000 tensors with long names fit.
+        header_bytes: All of the header. kohya notes every caption of the training pictures, twice: 50,000 pictures are
+            some 20 MB. A text is read up to 1 MiB, so long ones cost their length in memory, once, and no more.
+        names_bytes: The header without its long texts: names, shapes, short notes. 12,000 tensors with long names fit;
+            parsed into objects a byte of it takes some twenty of memory.
         tensors: SDXL has about 1,000 modules, and the kind with most tensors has 9 for each.
         rank: At 640 a low-rank pair on SDXL's widest square weights (1280) is as large as the weight itself, so
             beyond it a trainer would store the difference; 1024 leaves room for the wide feed-forward layers.
     """
 
     file_bytes: int = 2 * 2**30
-    header_bytes: int = 2 * 2**20
+    header_bytes: int = 32 * 2**20
+    names_bytes: int = 2 * 2**20
     tensors: int = 20_000
     rank: int = 1024
 
@@ -55,7 +69,10 @@ DEFAULTS: Final = GateLimits()
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a file that passed: its tensors' dtypes and shapes by name, and its metadata."""
+    """The header of a file that passed: its tensors' dtypes and shapes by name, and its metadata.
+
+    In a header of more than ``GateLimits.names_bytes`` texts of metadata are cut after 1 MiB.
+    """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +117,7 @@ def _checked(file: BinaryIO, size: int, field: str, limits: GateLimits) -> Heade
     if LENGTH.size + length > size:
         raise LoraError(field, f"is cut short inside its header, after {size} bytes; fetch it again")
     file.seek(LENGTH.size)
-    entries = _parsed(file.read(length), field)
+    entries = _parsed(_without_long_texts(file.read(length), field, limits.names_bytes), field)
     metadata = _metadata(entries.pop("__metadata__", None), field)
     if not entries:
         raise LoraError(field, "holds no tensors; fetch it again or ask its author for another file")
@@ -110,6 +127,33 @@ def _checked(file: BinaryIO, size: int, field: str, limits: GateLimits) -> Heade
     _check_offsets(entries, size - LENGTH.size - length, field)
     _check_ranks(tensors, field, limits.rank)
     return Header(tensors, metadata)
+
+
+def _without_long_texts(raw: bytes, field: str, most: int) -> bytes:
+    """Cut the long texts of a long header, so that what is parsed is ``most`` bytes and a few such texts."""
+    if len(raw) <= most:
+        return raw
+    kept: list[bytes] = []
+    done = texts = 0
+    for match in _TEXT.finditer(raw):
+        start, end = match.span()
+        texts += end - start if end - start >= _LONG_TEXT else 0
+        if end - texts > most:
+            break
+        if end - start > _KEPT_TEXT:
+            kept += [raw[done:start], _cut(raw[start : start + _KEPT_TEXT]), b'"']
+            done = end
+    whole = b"".join([*kept, raw[done:]])
+    if len(raw) - texts > most or len(whole) > most + _KEPT_TEXTS * _KEPT_TEXT:
+        what = f"{most / 2**20:.3g} MiB of names and short notes, or {_KEPT_TEXTS} MiB of long texts"
+        raise LoraError(field, f"has a header with more than {what}; strip its metadata")
+    return whole
+
+
+def _cut(text: bytes) -> bytes:
+    """Take the half of a letter off the end."""
+    found = _LETTERS.match(text)
+    return (found[0] if found else b"").decode("utf-8", "ignore").encode()
 
 
 def _parsed(raw: bytes, field: str) -> dict[str, Any]:
@@ -188,7 +232,8 @@ def _check_ranks(tensors: Mapping[str, TensorInfo], field: str, most: int) -> No
     for module, key, rank in _halves(tensors):
         if rank is None:
             shape = _sizes(tensors[key].shape)
-            raise LoraError(field, f"holds {_shown(key)} of shape {shape}, which is no half of a low-rank pair")
+            what = f"holds {_shown(key)} of shape {shape}, which is no half of a low-rank pair"
+            raise LoraError(field, f"{what}; fetch it again or ask its author for another file")
         if ranks.setdefault(module, rank) != rank:
             raise LoraError(
                 field,

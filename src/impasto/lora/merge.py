@@ -10,7 +10,8 @@ as in its training; placed later it sees what stands before it.
 
 Rounding: float32 sums differ from the exact value by about 2^-22 of their terms; after that comes one rounding to the
 weight's format. So the bits are those of "add up in float32, then round", or one unit in the last place beside them
-where the sum falls next to the middle of two numbers.
+where the sum falls next to the middle of two numbers. Where weight and delta nearly cancel, that 2^-22 of the terms
+can be several units of the small number that is left.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ import torch
 from torch import Tensor
 
 from impasto.lora.cache import patch_bytes, patch_on
-from impasto.lora.patch import Patch
+from impasto.lora.patch import LowRank, Patch
 
 Stack = Sequence[tuple[Patch, float]]  # patches with their strengths, in the request's order
+Part = tuple[Tensor, Tensor, float]  # ``up``, ``down``, and the factor of their product
 
-BLOCK_NUMBERS = 256 * 1024  # float32 numbers worked on at a time on a CPU: they stay in its cache
+BLOCK_NUMBERS = 1024 * 1024  # float32 numbers worked on at a time on a CPU: they stay in its cache
 UP_EXPONENT = 15  # the largest number of ``up`` lies under 2 to this, near the top of float16
-MOST_SHIFT = 100  # a power of two that float32 holds with room to spare
+SUM_EXPONENT = 120  # sums before they are multiplied with ``alpha`` lie under 2 to this
+MOST_SHIFT = 60  # a power of two that ``alpha`` has room for in float32
 MARGIN = 4  # how far below the largest finite number a bound must stay for the sum not to be looked at
+USUAL = 2.0**50  # factors between this and one part in it are multiplied as they are: no sum of theirs leaves float32
 
 
 class Recipe(Protocol):
@@ -83,8 +87,8 @@ class Product:
     """Low-rank patches that stand side by side: ``W' = W + alpha * up @ down``.
 
     Attributes:
-        up: ``[out, r]``, the patches' ranks one after another, strengths but for ``alpha`` inside.
-        down: ``[r, in]``, kernels flattened.
+        up: ``[out, r]``, the patches' ranks one after another, scales and strengths but for ``alpha`` inside.
+        down: ``[r, in]``, kernels flattened. Both may be the file's own tensors.
         alpha: A factor of the whole.
         fused: Whether one product in the weight's format is exact.
         risky: Whether the sum could leave the weight's format.
@@ -161,11 +165,11 @@ class InOrder:
 
 def _steps(stack: Stack, weight: Tensor) -> Iterator[Product | Whole]:
     """Gather what adds into products as far as nothing that multiplies stands between."""
-    waiting: list[tuple[Tensor, Tensor, float]] = []
+    waiting: list[Part] = []
     for patch, strength in stack:
-        factors = patch.factors() if patch.additive and weight.ndim > 1 else None
-        if factors is not None:
-            waiting.append((*factors, strength))
+        part = _part(patch, strength) if patch.additive and weight.ndim > 1 else None
+        if part is not None:
+            waiting.append(part)
             continue
         if not patch.additive and waiting:
             yield _product(waiting, weight)
@@ -175,28 +179,62 @@ def _steps(stack: Stack, weight: Tensor) -> Iterator[Product | Whole]:
         yield _product(waiting, weight)
 
 
-def _product(parts: Sequence[tuple[Tensor, Tensor, float]], weight: Tensor) -> Product:
+def _part(patch: Patch, strength: float) -> Part | None:
+    """Return ``up``, ``down`` and what their product is multiplied with; low-rank halves as the file has them."""
+    if isinstance(patch, LowRank):
+        return patch.up.flatten(1), patch.down.flatten(1), patch.scale * strength
+    factors = patch.factors()
+    return None if factors is None else (*factors, strength)
+
+
+def _product(parts: Sequence[Part], weight: Tensor) -> Product:
     """Lay the ranks side by side, in the smallest formats that lose nothing.
 
     A bfloat16 file on a bfloat16 model can be multiplied as it is: its products are exact in float32 sums, at half the
     work. Others are multiplied in float32.
     """
-    alpha = max((strength for _, _, strength in parts), key=abs)
-    up = torch.cat([up.float() * (strength / alpha) for up, _, strength in parts], 1)
+    alpha = max((factor for _, _, factor in parts), key=abs)
+    if all(factor == alpha for _, _, factor in parts) and _alike(parts):
+        up, down = _joined([up for up, _, _ in parts], 1), _joined([down for _, down, _ in parts], 0)
+        widest, longest = _largest(up), _largest(down)
+        if all(_usual(size) for size in (alpha, widest, longest)):
+            return _ready(up, down, alpha, abs(alpha) * up.shape[1] * widest * longest, weight)
+    return _rescaled(parts, alpha if _usual(alpha) else 1.0, weight)
+
+
+def _rescaled(parts: Sequence[Part], alpha: float, weight: Tensor) -> Product:
+    """Make a product of parts with factors of their own, or of unusual sizes, by way of float32."""
+    shares = [factor / alpha for _, _, factor in parts]
+    up = torch.cat([up.float() * share for (up, _, _), share in zip(parts, shares, strict=True)], 1)
     down = torch.cat([down.float() for _, down, _ in parts])
-    widest = up.abs().amax().item()
-    largest = abs(alpha) * up.shape[1] * widest * down.abs().amax().item()
-    risky = not largest < torch.finfo(weight.dtype).max / MARGIN  # a NaN is risky too
-    if not risky and widest > 0:  # alpha / r inside may have made some too small for the file's format: a power of two
-        shift = min(MOST_SHIFT, UP_EXPONENT - math.frexp(widest)[1])
-        up, alpha = up * 2.0**shift, alpha * 2.0**-shift
+    widest = _largest(up)
+    largest = up.shape[1] * widest * _largest(down)
+    if _in_range(abs(alpha) * largest, weight):
+        # Times a power of two, so that small ones keep their digits in a small format, and no sum leaves float32.
+        exponent = min(UP_EXPONENT - math.frexp(widest)[1], SUM_EXPONENT - math.frexp(largest)[1])
+        shift = 2.0 ** max(-MOST_SHIFT, min(MOST_SHIFT, exponent))
+        up, alpha, largest = up * shift, alpha / shift, largest * shift
+    return _ready(up, down, alpha, abs(alpha) * largest, weight)
+
+
+def _ready(up: Tensor, down: Tensor, alpha: float, bound: float, weight: Tensor) -> Product:
+    """Choose the formats; no number of the sum is over ``bound``."""
+    up, down = _small(up), _small(down)
     return Product(
-        up=_small(up).to(weight.device),
-        down=_small(down).to(weight.device),
+        up=up.to(weight.device),
+        down=down.to(weight.device),
         alpha=alpha,
-        fused=_fused_is_exact(weight) and _same_in(weight.dtype, up) and _same_in(weight.dtype, down),
-        risky=risky,
+        fused=_fused_is_exact(weight) and all(_same_in(weight.dtype, half) for half in (up, down)),
+        risky=not _in_range(bound, weight),
     )
+
+
+def _usual(size: float) -> bool:
+    return 1 / USUAL < abs(size) < USUAL
+
+
+def _in_range(bound: float, weight: Tensor) -> bool:
+    return bound < torch.finfo(weight.dtype).max / MARGIN  # a NaN is not
 
 
 def _fused_is_exact(weight: Tensor) -> bool:
@@ -208,9 +246,27 @@ def _fused_is_exact(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
 
 
+def _alike(parts: Sequence[Part]) -> bool:
+    """Whether all are in one of the formats that are multiplied as they are."""
+    formats = {half.dtype for up, down, _ in parts for half in (up, down)}
+    return len(formats) == 1 and formats <= {torch.bfloat16, torch.float16, torch.float32}
+
+
+def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+def _largest(tensor: Tensor) -> float:
+    least, most = torch.aminmax(tensor)
+    return max(-least.item(), most.item())
+
+
 def _small(tensor: Tensor) -> Tensor:
     return next((tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16) if _same_in(dtype, tensor)), tensor)
 
 
 def _same_in(dtype: torch.dtype, tensor: Tensor) -> bool:
-    return torch.equal(tensor.to(dtype).float(), tensor)
+    """Whether a format holds these numbers exactly; most that do not fit are told by their first row."""
+    if dtype in (tensor.dtype, torch.float32):
+        return True
+    return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in (tensor[:1], tensor))

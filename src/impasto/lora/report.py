@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from impasto.lora.tensors import bundled_word
+
 if TYPE_CHECKING:
     from impasto.lora.contents import LoraContents, Mismatch
 
@@ -82,7 +84,8 @@ class LoraReport:
         position: int = 0,
     ) -> LoraReport:
         """Sum up what a file turned out to hold."""
-        kinds = {(t.network, t.module): patch.kind for t, patch in contents.patches.items()}
+        by_parameter = sorted(contents.patches.items(), key=lambda item: item[0].parameter)  # the weight's kind counts
+        kinds = {(target.network, target.module): patch.kind for target, patch in by_parameter}
         ranks = [patch.rank for patch in contents.patches.values() if patch.rank is not None]
         return cls(
             name=name,
@@ -211,8 +214,12 @@ def _warnings(contents: LoraContents, scale: float) -> list[str]:
         sentences.append(
             f"{left} of its {left + modules} modules do not fit this model and were left out, so it may look weaker."
         )
-    if any(key.startswith("bundle_emb.") for key in contents.ignored):
-        sentences.append("It brings embeddings for words of its own, which were not applied.")
+    if words := [word for key in contents.ignored if (word := bundled_word(key)) is not None]:
+        named = ", ".join(repr(word) for word in list(dict.fromkeys(words))[:SHOWN] if word)
+        sentences.append(
+            f"It brings embeddings{f' for the words {named}' if named else ''}, which were not applied; "
+            "save them as files of their own and give those as embeddings."
+        )
     if contents.base_model not in OWN_FAMILIES:
         sentences.append(f"It was made for {contents.base_model}; what it does here is not what its trainer saw.")
     if scale == 0:

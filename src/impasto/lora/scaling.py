@@ -25,6 +25,7 @@ _MAX_PATTERN = 256  # characters
 # repeated groups, and at most two groups and two repeats.
 _RISKY = re.compile(r"[)\]}][*+?{]|\{|\(\?|\\[1-9]")
 _MOST = 2
+_SIGNS = re.compile(r"[*+?\\\[\](){}|^$]")  # what makes a pattern an expression
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 _MOST_PATTERNS = 2000  # every module is held against every pattern
 
@@ -94,7 +95,8 @@ def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
         network, name = (match[1], match[2]) if match else ("", key)
         if name in _PATTERNS and isinstance(value, dict) and len(value) > _MOST_PATTERNS:
             raise BadConfigError(f"has {len(value)} items in the {name} of its metadata; {_MOST_PATTERNS} are read")
-        networks.setdefault(network, {})[name] = value
+        patterns = name in _PATTERNS and isinstance(value, dict)
+        networks.setdefault(network, {})[name] = _Patterns(value) if patterns else value
     return Scaling(networks)
 
 
@@ -110,29 +112,46 @@ def _number(value: Any) -> float | None:
 
 def _by_pattern(patterns: Any, module: str) -> float | None:
     """Return the number of the first pattern that the end of the module's name matches, as PEFT does."""
-    if not isinstance(patterns, dict):
-        return None
-    names = {module, module.removeprefix("text_model."), f"text_model.{module}"}
-    for pattern, value in patterns.items():
-        if any(_ends_with(name, pattern) for name in names):
-            return _number(value)
-    return None
+    return patterns.number(module) if isinstance(patterns, _Patterns) else None
+
+
+class _Patterns:
+    """PEFT's ``{pattern: number}``. Most are plain ends of names, which are looked up; the others are tried in turn."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        numbered = list(enumerate(values.items()))
+        self._plain = {pattern: (place, value) for place, (pattern, value) in numbered if not _SIGNS.search(pattern)}
+        self._others = [(place, pattern, value) for place, (pattern, value) in numbered if _SIGNS.search(pattern)]
+
+    def number(self, module: str) -> float | None:
+        """Return the first match's number.
+
+        Raises:
+            BadConfigError: A pattern that has to be tried is too involved, or none.
+        """
+        names = {module, module.removeprefix("text_model."), f"text_model.{module}"}
+        ends = [".".join(parts[start:]) for name in names for parts in [name.split(".")] for start in range(len(parts))]
+        found = [self._plain[end] for end in ends if end in self._plain]
+        # An expression may spell a plain end too, so it counts only where it stands before those.
+        first = min(found, key=lambda place: place[0], default=(len(self._others) + len(self._plain), None))
+        for place, pattern, value in self._others:
+            if place > first[0]:
+                break
+            if any(_ends_with(name, pattern) for name in names):
+                return _number(value)
+        return _number(first[1])
 
 
 @lru_cache(maxsize=2 * _MOST_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:.*\.)?(?:{pattern})")
-
-
-def _ends_with(name: str, pattern: str) -> bool:
-    if name == pattern or name.endswith(f".{pattern}"):
-        return True
-    if not re.search(r"[*+?\\\[\](){}|^$]", pattern):
-        return False
     involved = len(re.findall(r"[*+?]", pattern)) > _MOST or pattern.count("(") > _MOST
     if len(pattern) > _MAX_PATTERN or involved or _RISKY.search(pattern):
         raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is too involved to be followed")
     try:
-        return _compiled(pattern).fullmatch(name) is not None
+        return re.compile(rf"(?:.*\.)?(?:{pattern})")
     except re.error:
         raise BadConfigError(f"has the pattern {pattern[:80]!r} in its metadata, which is no pattern") from None
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or _compiled(pattern).fullmatch(name) is not None

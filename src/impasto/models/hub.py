@@ -91,7 +91,8 @@ def _fetch_file(repo_id: str, revision: str | None, file: str, access: dict[str,
     found = hf_hub_download(repo_id, file, revision=revision, dry_run=True, **access)
     if found.will_download:
         _announce(repo_id, found.commit_hash, [found.file_size or 0], access["cache_dir"])
-    return Path(hf_hub_download(repo_id, file, revision=found.commit_hash, **access))
+    # By its branch, not its commit: only so is the branch's name kept, by which the file is found when offline.
+    return Path(hf_hub_download(repo_id, file, revision=revision, **access))
 
 
 def _fetch_folder(repo_id: str, folder: Path, full: bool, access: dict[str, Any]) -> Path:

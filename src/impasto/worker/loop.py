@@ -3,7 +3,7 @@
 Knows the store, the output files and a backend. Knows no HTTP, and no torch: the backend is handed in.
 
 Every write names the lease it was done under, so a worker that lost a job (it hung, the machine slept) can not
-publish anything for it. Progress travels with the heartbeat, which also brings back cancellations.
+publish anything for it. Progress and previews travel with the heartbeat, which also brings back cancellations.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impasto.errors import ImpastoError, InvalidInput, NotFound, Unavailable
+from impasto.errors import ImpastoError, MediaError, NotFound, Unavailable
 from impasto.images import CONTENT_TYPES, decode_png, encode_image
 from impasto.jobs.events import ChangeWatcher
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import Job, Lease, Output
 from impasto.jobs.store import JobStore
+from impasto.jobs.workers import WorkerReports
+from impasto.safety.gate import SafetyGate
 from impasto.types import (
     Event,
     Failed,
@@ -34,7 +36,11 @@ from impasto.types import (
     Progress,
 )
 from impasto.worker.backend import Backend
-from impasto.worker.loras import FoundLora, LoraLibrary
+from impasto.worker.heartbeat import Heartbeat
+from impasto.worker.loras import LoraLibrary
+from impasto.worker.previews import preview_every
+from impasto.worker.running import Running
+from impasto.worker.stats import WorkerStats
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,39 +49,9 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
 RETRY_SECONDS = 0.5  # between tries of a write while the store is away
-BEAT_SECONDS = 1.0  # between heartbeats, which carry progress out and cancellations in
-BEATS_PER_LEASE = 4  # at least
 FETCHES = 16  # most jobs that wait for their files; they take no slot
 FETCH_WAIT_SECONDS = 0.1  # for files, while there is nothing else to do
-STALL_LEASES = 20  # a backend that has not moved for this many leases will not
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A job in the backend."""
-
-    job: Job
-    lease: Lease
-    claimed: float  # time.monotonic()
-    outputs: dict[int, Output] = field(default_factory=dict)  # by image index
-    progress: dict[str, Any] = field(default_factory=dict)
-    loras: tuple[FoundLora, ...] = ()  # as the request orders them; their files stay for as long as this lives
-    ended: threading.Event = field(default_factory=threading.Event)  # nobody waits for its files any more
-
-    @property
-    def suspect(self) -> bool:
-        """Whether an earlier attempt ended without a result: it may be this job that kills workers."""
-        return self.lease.attempt > 1
-
-    @property
-    def blobs(self) -> list[str]:
-        """The pictures this attempt has stored."""
-        return [output.blob for output in self.outputs.values()]
-
-    @property
-    def inputs(self) -> list[str]:
-        """Keys of the pictures the job starts from."""
-        return list(self.job.input.get("pictures", {}).values())
+NOTE_SECONDS = 1.0  # between looks at what the backend says of itself
 
 
 class WorkerLoop:
@@ -90,8 +66,11 @@ class WorkerLoop:
         slots: Most jobs in the backend at once.
         lease_seconds: Silence after which the store gives this worker's jobs away.
         max_attempts: Times a job is started before the store gives it up.
-        on_stall: Called, from another thread, when the backend has not moved for ``STALL_LEASES`` leases.
+        on_stall: Called, from another thread, when the backend has not moved for many leases.
         loras: Finds the LoRAs that requests name; by default in ``lora_dir`` alone.
+        previews: Whether to show what running jobs' pictures are becoming.
+        reports: Where to say that this worker is there, and what it counted; nowhere by default.
+        safety: What pictures and prompts must pass; by default nothing.
     """
 
     def __init__(
@@ -107,6 +86,9 @@ class WorkerLoop:
         max_attempts: int = 3,
         on_stall: Callable[[], object] = lambda: None,
         loras: LoraLibrary | None = None,
+        previews: bool = False,
+        reports: WorkerReports | None = None,
+        safety: SafetyGate | None = None,
     ) -> None:
         self._store = store
         self._outputs = outputs
@@ -115,16 +97,27 @@ class WorkerLoop:
         self._loras = loras or LoraLibrary(lora_dir)
         self._slots = slots
         self._lease_seconds = lease_seconds
-        self._max_attempts = max_attempts
-        self._on_stall = on_stall
+        self._previews = previews
+        self._safety = safety or SafetyGate()
         self._running: dict[str, Running] = {}
         self._waiting: tuple[Running, GenerationRequest] | None = None  # a suspect, until it can run alone
         self._fetching: dict[str, tuple[Running, Future[GenerationRequest]]] = {}  # until their files are here
         self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
-        self._lock = threading.Lock()  # guards _running's membership and _dropped
-        self._dropped: set[Lease] = set()  # lost or cancelled leases, told by the heartbeat
+        self._lock = threading.Lock()  # guards _running's membership
         self._stopping = threading.Event()
-        self._moved = time.monotonic()
+        self._stats = WorkerStats(slots)
+        self._noted = 0.0  # when the backend was last asked about itself
+        self._heart = Heartbeat(
+            store,
+            name,
+            self._held,
+            self._stats,
+            lease_seconds=lease_seconds,
+            max_attempts=max_attempts,
+            on_stall=on_stall,
+            reports=reports,
+            device=backend.device,
+        )
 
     def stop(self) -> None:
         """End ``run`` after the step in progress; unfinished jobs go back to the queue."""
@@ -136,8 +129,7 @@ class WorkerLoop:
         An exception of the backend ends it without handing back: the leases run out, and that counts against the
         jobs, so that one which breaks every worker is given up in the end.
         """
-        beat = threading.Thread(target=self._keep_leases, name="heartbeat", daemon=True)
-        beat.start()
+        self._heart.start()
         watcher = ChangeWatcher(self._store)
         try:
             while not self._stopping.is_set():
@@ -153,19 +145,35 @@ class WorkerLoop:
             for running, _ in self._fetching.values():
                 running.ended.set()
             self._fetchers.shutdown(wait=False, cancel_futures=True)
-            beat.join(timeout=5)
+            self._heart.stop()
 
     def turn(self) -> bool:
         """Claim what fits, move one step, deal with what came of it; return whether there was anything to do."""
         self._drop_told()
         self._claim()
         self._gather()
-        self._moved = time.monotonic()
+        self._heart.moved()
+        self._note()
         if not self._backend.busy:
             return bool(self._fetching)
-        for event in self._backend.step():
+        events = self._backend.step()
+        self._count(events)
+        for event in events:
             self._handle(event)
         return True
+
+    def _count(self, events: Sequence[Event]) -> None:
+        """Count a step once, though every request in it reports progress."""
+        progress = next((event for event in events if isinstance(event, Progress)), None)
+        if progress is not None:
+            self._stats.stepped(progress)
+
+    def _note(self) -> None:
+        """Ask the backend about itself, now and then, from the thread that it belongs to."""
+        if time.monotonic() >= self._noted + NOTE_SECONDS:
+            self._noted = time.monotonic()
+            fetching = len(self._fetching)
+            self._stats.note(len(self._running) - fetching, fetching, self._backend.usage())
 
     def _claim(self) -> None:
         """Fill the free slots, one job at a time; a suspect waits until it can run alone, and nothing joins it."""
@@ -178,13 +186,22 @@ class WorkerLoop:
         if self._waiting is not None and not self._backend.busy:
             running, request = self._waiting
             self._waiting = None
-            self._backend.submit(request, running.job.id)
+            self._submit(running, request)
+
+    def _submit(self, running: Running, request: GenerationRequest) -> None:
+        options = {"preview_every": preview_every(request.num_inference_steps)} if self._shows_previews(running) else {}
+        self._backend.submit(request, running.job.id, **options)
+
+    def _shows_previews(self, running: Running) -> bool:
+        return self._previews and self._safety.shows_previews(_wants_check(running))
 
     def _admit(self, job: Job) -> None:
         running = Running(job, Lease(job.id, job.attempt), time.monotonic())
         with self._lock:
             self._running[job.id] = running
         log.info("job %s: attempt %d", job.id, job.attempt)
+        if running.queued is not None:
+            self._stats.stage("queue", running.queued)
         match job.input:
             case {"request": {"loras": [_, *_]}}:  # files may have to be fetched: not here, where others wait
                 self._fetching[job.id] = (running, self._fetchers.submit(self._request, running))
@@ -198,10 +215,11 @@ class WorkerLoop:
         except Exception as error:  # noqa: BLE001  (a row that cannot be read is its own fault, not the worker's)
             self._fail(running, error)
             return
+        self._stats.stage("fetch", time.monotonic() - running.claimed)
         if running.suspect:
             self._waiting = (running, request)
         else:
-            self._backend.submit(request, running.job.id)
+            self._submit(running, request)
 
     def _gather(self) -> None:
         """Let jobs whose files are here join, first come first served, while there is room."""
@@ -221,6 +239,8 @@ class WorkerLoop:
         """Rebuild the request, with its pictures, the resolved seed and each LoRA's name turned into a file."""
         job = running.job
         request = GenerationRequest.from_json(job.input["request"])
+        image, mask = (self._picture(job, name) for name in ("image", "mask_image"))
+        self._safety.admit(request.prompt, image, _wants_check(running))
         running.loras = tuple(
             self._loras.find(lora.path, f"loras.{i}.path", job.key_id, running.ended.is_set)
             for i, lora in enumerate(request.loras)
@@ -228,7 +248,6 @@ class WorkerLoop:
         loras = tuple(
             replace(lora, path=str(found.file)) for found, lora in zip(running.loras, request.loras, strict=True)
         )
-        image, mask = (self._picture(job, name) for name in ("image", "mask_image"))
         return replace(request, seed=job.seed, loras=loras, image=image, mask_image=mask)
 
     def _picture(self, job: Job, name: str) -> Image | None:
@@ -237,7 +256,7 @@ class WorkerLoop:
         try:
             return None if key is None else decode_png(self._outputs.get_input(key))
         except NotFound:
-            raise InvalidInput(name, "is not stored any more; submit the request again") from None
+            raise MediaError(name, "is not stored any more; submit the request again") from None
 
     def _handle(self, event: Event) -> None:
         """Deal with one event; whatever goes wrong is that job's end, never the worker's or another job's."""
@@ -246,13 +265,15 @@ class WorkerLoop:
             return
         try:
             match event:
-                case Progress(step=step, total=total):
-                    running.progress = {"step": step, "total": total}
-                case Preview():
-                    pass  # nobody is shown previews yet
+                case Progress():
+                    running.moved(event)
+                    self._heart.tell()
+                case Preview() if self._safety.shows_previews(_wants_check(running)):
+                    running.looked(event)
                 case ImageReady():
                     self._store_picture(running, event)
                 case Finished(reports=reports):
+                    self._stats.finished(event)
                     self._complete(running, reports)
                 case Failed(error=error):
                     self._fail(running, error)
@@ -261,12 +282,15 @@ class WorkerLoop:
             self._fail(running, error)
 
     def _store_picture(self, running: Running, event: ImageReady) -> None:
+        start = time.monotonic()
         file_format: OutputFormat = running.job.input["output"]["format"]
         content_type = CONTENT_TYPES[file_format]
-        data = encode_image(event.image, file_format)
+        image, nsfw = self._safety.passed(event.image, _wants_check(running))
+        data = encode_image(image, file_format)
         blob = self._outputs.put(running.job.id, running.lease.attempt, event.index, data, content_type)
-        width, height = event.image.size
-        running.outputs[event.index] = Output(blob, content_type, width, height, nsfw=False, seed=event.seed)
+        width, height = image.size
+        running.outputs[event.index] = Output(blob, content_type, width, height, nsfw=nsfw, seed=event.seed)
+        self._stats.stored(time.monotonic() - start)
 
     def _complete(self, running: Running, reports: Sequence[Any]) -> None:
         self._forget(running)
@@ -276,10 +300,13 @@ class WorkerLoop:
         loras = [report.to_json() for report in named]
         if self._written(lambda: self._store.complete(running.lease, outputs, timings, loras)):
             log.info("job %s: completed in %d ms", running.job.id, timings["inference"])
+            self._stats.ended("completed")
+            self._stats.stage("total", time.monotonic() - running.claimed)
             for report in named:
                 log.info("job %s: LoRA %s", running.job.id, report.line())
             self._delete(running, running.inputs)
         else:
+            self._stats.ended("lost")
             self._delete(running, running.blobs)
 
     def _fail(self, running: Running, error: Exception) -> None:
@@ -290,6 +317,7 @@ class WorkerLoop:
             log.error("job %s failed", running.job.id, exc_info=error)
             message = f"the engine failed on this request ({type(error).__name__}); the server's log has the details"
         ended = self._written(lambda: self._store.fail(running.lease, message, type(error).__name__))
+        self._stats.ended("failed" if ended else "lost")
         # A job that did not end here may run again, from the same pictures.
         self._delete(running, running.blobs + (running.inputs if ended else []))
 
@@ -319,37 +347,25 @@ class WorkerLoop:
         if self._waiting is not None and self._waiting[0] is running:
             self._waiting = None
 
+    def _held(self) -> list[Running]:
+        """All jobs that this worker has."""
+        with self._lock:
+            return list(self._running.values())
+
     def _drop_told(self) -> None:
         """Drop jobs the heartbeat found lost or cancelled."""
-        with self._lock:
-            dropped, self._dropped = self._dropped, set()
-            gone = [running for running in self._running.values() if running.lease in dropped]
-        for running in gone:
-            log.info("job %s: cancelled, or given to another worker", running.job.id)
-            self._backend.cancel(running.job.id)
-            self._forget(running)
-            self._delete(running, running.blobs)
-
-    def _keep_leases(self) -> None:
-        """Send heartbeats from a thread of their own: a step may take longer than a lease."""
-        while not self._stopping.wait(min(BEAT_SECONDS, self._lease_seconds / BEATS_PER_LEASE)):
-            if time.monotonic() - self._moved > STALL_LEASES * self._lease_seconds:
-                log.error("the backend has not moved for %d leases", STALL_LEASES)
-                self._on_stall()
-                return
-            try:
-                self._beat()
-            except Exception:  # the database may be away for a moment: keep trying inside the lease
-                log.exception("heartbeat failed")
+        ended = self._heart.take_ended()
+        for running in self._held():
+            if running.lease in ended:
+                log.info("job %s: cancelled, or given to another worker", running.job.id)
+                self._stats.ended(ended[running.lease])
+                self._backend.cancel(running.job.id)
+                self._forget(running)
+                self._delete(running, running.blobs)
 
     def _beat(self) -> None:
-        with self._lock:
-            progress = {running.lease: dict(running.progress) for running in self._running.values()}
-        if progress:
-            beat = self._store.heartbeat(self._name, progress, self._lease_seconds)
-            with self._lock:
-                self._dropped |= beat.lost | beat.cancelled
-        self._store.reap(self._max_attempts)
+        """Beat at once; ``run`` has a thread that does it."""
+        self._heart.beat()
 
     def _hand_back(self) -> None:
         """Give unfinished jobs back to the queue, each on its own: one that cannot be is run after its lease."""
@@ -357,10 +373,16 @@ class WorkerLoop:
             self._backend.cancel(running.job.id)
             try:
                 self._store.release(running.lease)
+                self._stats.ended("released")
             except Unavailable as error:
                 log.warning("job %s could not be handed back: %s", running.job.id, error)
             self._delete(running, running.blobs)
             self._forget(running)
+
+
+def _wants_check(running: Running) -> bool:
+    """Whether the request wants its pictures checked; one that does not say wants it."""
+    return bool(running.job.input["output"].get("safety_checker", True))
 
 
 def _named(report: Any, running: Running) -> Any:

@@ -144,7 +144,9 @@ class LoraLibrary:
         if self._shipped and (file := _shipped_file(self._shipped, name)):
             return FoundLora(file, f"shipped:{file.stem}")
         if self._uploads and key_id and (file := self._uploads(key_id, name)):
-            return FoundLora(file, f"upload:{name[:SHOWN]}")
+            return FoundLora(
+                file, "upload" if "/uploads/" in name else f"upload:{name[:SHOWN]}"
+            )  # an address is secret
         return self._fetched(name, stop)
 
     def _shipped_for(self, name: str) -> FoundLora | None:

@@ -18,11 +18,16 @@ from impasto.errors import ConfigError, ImpastoError
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
+from impasto.jobs.workers import WorkerReports
 from impasto.logs import set_up_logging
+from impasto.safety.denylist import DenyList
+from impasto.safety.gate import SafetyGate
+from impasto.safety.table import make_checker
 from impasto.worker.backend import Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
 from impasto.worker.loras import LoraLibrary
 from impasto.worker.naming import EXIT_CONFIG, EXIT_STALLED, FAKE_MODEL
+from impasto.worker.uploads import UploadedLoras
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +46,36 @@ def make_backend(settings: Settings) -> Backend:
         max_batch=settings.max_batch,
         refiner=settings.refiner,
         accel=Accel.parse(settings.accel),
+        lora_memory_bytes=settings.lora_memory_bytes,
+        lora_switch_bytes=settings.lora_switch_bytes,
     )
 
 
-def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
+def make_safety(settings: Settings) -> SafetyGate:
+    """Load the checker and the deny-list that the settings name.
+
+    Raises:
+        ConfigError: The checker is on and its weights are missing or wrong, or the list cannot be read.
+    """
+    return SafetyGate(
+        make_checker(settings.safety_checker, settings.safety_threshold, settings.safety_device),
+        action=settings.safety_action,
+        allow_disable=settings.safety_allow_disable,
+        check_inputs=settings.safety_check_inputs,
+        previews=settings.safety_previews,
+        seconds=settings.safety_timeout,
+        denylist=DenyList.load(settings.prompt_denylist) if settings.prompt_denylist else DenyList(),
+    )
+
+
+def make_loop(settings: Settings, backend: Backend, name: str, safety: SafetyGate | None = None) -> WorkerLoop:
     """Open the store and build the loop around a backend; ``name`` is unique among all workers."""
     database = open_database(settings.database)
     upgrade(database)
+    outputs = OutputStore(settings.output_root)
     return WorkerLoop(
         JobStore(database),
-        OutputStore(settings.output_root),
+        outputs,
         backend,
         name=name,
         lora_dir=settings.lora_dir,
@@ -58,7 +83,10 @@ def make_loop(settings: Settings, backend: Backend, name: str) -> WorkerLoop:
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
         on_stall=lambda: os._exit(EXIT_STALLED),
-        loras=LoraLibrary.of(settings),
+        loras=LoraLibrary.of(settings, UploadedLoras.of(settings, database, outputs).find),
+        previews=settings.previews,
+        reports=WorkerReports(database),
+        safety=safety or make_safety(settings),
     )
 
 
@@ -66,11 +94,12 @@ def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int
     """Run a worker until it is told to stop; return the process's exit status."""
     log.info("loading model %s", settings.model)
     try:
+        safety = make_safety(settings)
         backend = make_backend(settings)
     except ImpastoError as error:
         log.error("%s", error)
         return EXIT_CONFIG
-    loop = make_loop(settings, backend, name)
+    loop = make_loop(settings, backend, name, safety)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.stop())
     if stop_with_parent:

@@ -278,6 +278,44 @@ def _boft(rescaled: bool) -> Maker:
     return make
 
 
+def _oft_diag(stages: bool) -> Maker:
+    """The first LyCORIS' files: the rotations themselves."""
+
+    def make(shape: Shape, draw: Draw, alpha: Alpha) -> Made:
+        size = 2 if shape[0] % 4 == 0 else 1 if stages else 3
+        count = (2, shape[0] // size) if stages else (shape[0] // size,)
+        if stages and size == 1:
+            count, size = (1, shape[0] // 2), 2
+        blocks = draw.tensor(*count, size, size, size=0.3)
+        parts = {"oft_diag": f.cayley(blocks.double(), 0.0).to(blocks.dtype)}
+        if stages:
+            return Made(parts, lambda w, s: f.butterfly(w, s, parts["oft_diag"].double(), None))
+        return Made(parts, lambda w, s: f.output_rotated(w, s, parts["oft_diag"].double(), None))
+
+    return make
+
+
+def _boft_of_inputs(shape: Shape, draw: Draw, alpha: Alpha) -> Made:
+    """PEFT's BOFT: the inputs turned in stages, the outputs scaled."""
+    inputs = math.prod(shape[1:])
+    forms = ((4, 3), (4, 2), (2, 2), (4, 1), (3, 1), (1, 1))
+    size, stages = next((b, m) for b, m in forms if inputs % (b * 2 ** (m - 1)) == 0)
+    blocks = draw.tensor(stages, inputs // size, size, size, size=0.3)
+    scale = draw.tensor(shape[0], 1)
+    return Made(
+        {"boft_R": blocks, "boft_s": scale},
+        lambda w, s: f.butterfly_of_inputs(w, s, blocks.double(), scale.double()),
+    )
+
+
+def _adalora(shape: Shape, draw: Draw, alpha: Alpha) -> Made:
+    out, inputs = shape[0], math.prod(shape[1:])
+    down, up, values = draw.tensor(RANK, inputs), draw.tensor(out, RANK), draw.tensor(RANK, 1)
+    delta = alpha.scale(RANK) * RANK / (RANK + 1e-5) * (up.double() @ (values.double() * down.double()))
+    parts = _with_alpha({"down": down, "up": up, "values": values}, alpha, RANK)
+    return Made(parts, lambda w, s: f.added(w, s, delta))
+
+
 def _oft_v2(shared: bool, scaled: bool = False) -> Maker:
     def make(shape: Shape, draw: Draw, alpha: Alpha) -> Made:
         inputs, size = math.prod(shape[1:]), 4
@@ -364,6 +402,10 @@ KINDS: dict[str, tuple[Maker, tuple[str, ...], str]] = {
     "diag-OFT, rescaled": (_diag_oft(rescaled=True), MATRIX, "diag-OFT"),
     "BOFT": (_boft(rescaled=False), MATRIX, "BOFT"),
     "BOFT, rescaled": (_boft(rescaled=True), MATRIX, "BOFT"),
+    "diag-OFT, rotations saved": (_oft_diag(stages=False), MATRIX, "diag-OFT"),
+    "BOFT, rotations saved": (_oft_diag(stages=True), MATRIX, "BOFT"),
+    "BOFT, PEFT's": (_boft_of_inputs, MATRIX, "BOFT"),
+    "AdaLoRA": (_adalora, MATRIX, "AdaLoRA"),
     "OFTv2": (_oft_v2(shared=False), MATRIX, "OFTv2"),
     "OFTv2, one block for all": (_oft_v2(shared=True), MATRIX, "OFTv2"),
     "OFTv2, scaled": (_oft_v2(shared=False, scaled=True), MATRIX, "OFTv2"),

@@ -65,12 +65,11 @@ def write_mixture(networks: Networks, path: Path, seed: int) -> LoraCase:
     case = LoraCase(f"mixture {seed}", path)
     tensors: dict[str, Tensor] = {}
     dice = Draw(seed, torch.float32)
-    names, kinds, dtypes = tuple(SPELLINGS), tuple(KINDS), tuple(DTYPES)
+    names, dtypes = tuple(SPELLINGS), tuple(DTYPES)
     for layer, targets in networks.layers.items():
+        kinds = tuple(kind for kind, (_, layers, _) in KINDS.items() if layer in layers)
         for target in targets[dice.choice(4) :: 5]:
             kind = kinds[dice.choice(len(kinds))]
-            if layer not in KINDS[kind][1]:
-                continue
             draw = Draw(seed * 1000 + len(tensors), DTYPES[dtypes[dice.choice(len(dtypes))]])
             spelling, alpha = SPELLINGS[names[dice.choice(len(names))]], ALPHAS[dice.choice(len(ALPHAS))]
             tensors |= _module(case, networks, target, kind, spelling, alpha, draw, layer)

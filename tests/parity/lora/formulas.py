@@ -108,6 +108,31 @@ def butterfly(w: Tensor, s: float, rotation: Tensor, rescale: Tensor | None) -> 
     return rows.reshape(w.shape)
 
 
+def butterfly_of_inputs(w: Tensor, s: float, blocks: Tensor, scale: Tensor) -> Tensor:
+    """BOFT as PEFT trains it: ``scale * w (B_m ... B_1)^T``, ``B = P R P^T``, ``R`` the Cayley transform of ``-Q / 2``.
+
+    ``P`` takes the even half blocks of a group of ``2^stage`` blocks before the odd ones.
+    """
+    size, inputs = blocks.shape[-1], w.flatten(1).shape[1]
+    identity, whole = torch.eye(inputs, dtype=torch.float64), torch.eye(inputs, dtype=torch.float64)
+    for stage, stage_blocks in enumerate(blocks):
+        order = list(range(inputs))
+        if stage:
+            half, group = size // 2, size * 2**stage
+            order = [
+                start + chunk * half + place
+                for start in range(0, inputs, group)
+                for parity in (0, 1)
+                for chunk in range(parity, group // half, 2)
+                for place in range(half)
+            ]
+        shuffle = identity[order]
+        rotation = torch.block_diag(*cayley(-stage_blocks / 2, 0.0))
+        whole = shuffle @ rotation @ shuffle.T @ whole
+    turned = scale * (w.flatten(1) @ whole.T)
+    return w + s * (turned.reshape(w.shape) - w)
+
+
 def neumann(upper: Tensor, size: int) -> Tensor:
     """OFTv2's rotations: ``I + 2Q + 2Q² + 2Q³ + Q⁴`` of the upper triangles (PEFT, OneTrainer)."""
     rotations = []

@@ -13,7 +13,7 @@ from tests.parity.lora.networks import Networks
 KOHYA = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "a1": "a1.weight", "a2": "a2.weight",
     "b1": "b1.weight", "b2": "b2.weight", "bm": "bm.weight", "oft_R": "oft_R.weight", "scaled_oft": "oft_R.scaled_oft",
-    "magnitude": "lora_magnitude_vector.weight",
+    "magnitude": "lora_magnitude_vector.weight", "values": "lora_E",
 }  # fmt: skip
 PEFT = KOHYA | {"down": "lora_A.weight", "up": "lora_B.weight"}
 PEFT_DEFAULT = PEFT | {
@@ -107,7 +107,7 @@ def _unet_only(name: Callable[[Networks, Target], str]) -> Spell:
 
 
 LOW_RANK = frozenset({"down", "up"})
-OFT_BLOCKS = frozenset({"oft_blocks", "rescale"})
+OFT_BLOCKS = frozenset({"oft_blocks", "oft_diag", "rescale"})
 
 SPELLINGS: dict[str, Spelling] = {
     "kohya, original names": Spelling(

@@ -24,6 +24,7 @@ from lycoris.modules.norms import NormModule
 from safetensors.torch import save_file
 from torch import nn
 
+from impasto.errors import LoraError
 from impasto.lora.formats import read_lora
 from impasto.lora.keys import Target, TargetNames
 from tests.random_sdxl import save_random_sdxl
@@ -182,6 +183,16 @@ PEFT_KINDS = {
     "OFT": peft.OFTConfig(oft_block_size=4, target_modules=["x"], init_weights=False),
     "OFT, exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["x"], init_weights=False),
     "OFT, shared": peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=["x"], init_weights=False),
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=["x"], init_weights=False),
+    "AdaLoRA": peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, lora_alpha=3, target_modules=["x"], init_lora_weights=False
+    ),
+    "LoRA, the bias trained too": peft.LoraConfig(
+        r=3, lora_alpha=2, target_modules=["x"], bias="all", init_lora_weights=False
+    ),
+    "LoRA, a bias of its own": peft.LoraConfig(
+        r=3, lora_alpha=2, target_modules=["x"], lora_bias=True, init_lora_weights=False
+    ),
     "IA3": peft.IA3Config(target_modules=["x"], feedforward_modules=[], init_ia3_weights=False),
     "IA3, inputs": peft.IA3Config(target_modules=["x"], feedforward_modules=["x"], init_ia3_weights=False),
 }
@@ -202,19 +213,77 @@ class Holder(nn.Module):
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_peft(tmp_path, kind, layer):
     """What PEFT merges is what we make of its folder: the weights' file and the configuration beside it."""
-    base = seeded_layer(LAYERS[layer])
-    own = base.weight.detach().clone()
+    own, found, wanted = _against_peft(tmp_path, PEFT_KINDS[kind], seeded_layer(LAYERS[layer]))
+    for parameter in ("weight", "bias"):
+        agree(found[parameter], wanted[parameter], own[parameter])
+    assert (wanted["weight"] - own["weight"]).abs().max() > 1e-4
+
+
+def _against_peft(folder: Path, config: peft.PeftConfig, base: nn.Module) -> tuple[dict, dict, dict]:
+    """The layer's own parameters, ours by reading PEFT's folder, and PEFT's after merging."""
+    own = {name: value.detach().clone() for name, value in base.named_parameters()}
     torch.manual_seed(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(Holder(base), PEFT_KINDS[kind])
-        model.save_pretrained(tmp_path)
-        wanted = model.merge_and_unload().x.weight.detach().clone()
-    shape = tuple(own.shape)
-    path = tmp_path / "adapter_model.safetensors"
-    patch = read_lora(path, TargetNames({Target("unet", "x"): shape})).patches[Target("unet", "x")]
-    agree(patch.patched(own, 1.0), wanted, own)
-    assert (wanted - own).abs().max() > 1e-4
+        model = peft.get_peft_model(Holder(base), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        merged = model.merge_and_unload().x
+    wanted = {name: value.detach().clone() for name, value in merged.named_parameters()}
+    path = folder / "adapter_model.safetensors"
+    targets = {Target("unet", "x", name): tuple(value.shape) for name, value in own.items()}
+    patches = read_lora(path, TargetNames(targets)).patches
+    found = {name: value.clone() for name, value in own.items()}
+    for target, patch in patches.items():
+        found[target.parameter] = patch.patched(own[target.parameter], 1.0)
+    return own, found, wanted
+
+
+def test_peft_vera(tmp_path):
+    """VeRA, whose modules share their matrices, cut to each module's size (PEFT has it for linears)."""
+    config = peft.VeraConfig(r=4, target_modules=["x"], init_weights=False)
+    own, found, wanted = _against_peft(tmp_path, config, seeded_layer(LAYERS["linear"]))
+    agree(found["weight"], wanted["weight"], own["weight"])
+    assert (wanted["weight"] - own["weight"]).abs().max() > 1e-4
+
+
+def test_peft_vera_without_its_matrices_is_refused(tmp_path):
+    """They could be drawn again from a seed by the same code alone; the error says how to save them."""
+    with pytest.warns(UserWarning, match="save_projection"):
+        config = peft.VeraConfig(r=4, target_modules=["x"], save_projection=False)
+    with pytest.raises(LoraError, match="save_projection"):
+        _against_peft(tmp_path, config, seeded_layer(LAYERS["linear"]))
+
+
+def test_peft_embedding(tmp_path):
+    """A LoRA of a table of embeddings is the product of its halves the other way round."""
+    base = seeded_layer(lambda: nn.Embedding(10, 6))
+    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["x"], init_lora_weights=False)
+    own, found, wanted = _against_peft(tmp_path, config, base)
+    agree(found["weight"], wanted["weight"], own["weight"])
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_peft_boft_of_several_stages(tmp_path, stages):
+    """PEFT multiplies several stages on CUDA alone; here its own permutations and rotations are multiplied out."""
+    layer = seeded_layer(lambda: nn.Linear(16, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.BOFTConfig(boft_block_size=4, target_modules=["x"])
+        module = peft.get_peft_model(Holder(layer), config).base_model.model.x
+    torch.manual_seed(2)
+    blocks, scale = torch.randn(stages, 4, 4, 4), 1 + torch.rand(12, 1)
+    rotations = module.cayley_batch(blocks.flatten(0, 1)).reshape(blocks.shape)
+    whole = torch.eye(16)
+    for stage, turns in enumerate(rotations):
+        order = module.perm2mat(module.block_butterfly_perm(16, 4 // 2**stage, 2, stages - 1))
+        whole = order @ torch.block_diag(*turns) @ order.T @ whole
+    wanted = scale * (whole @ layer.weight.T).T
+    found = ours(tmp_path / "a.safetensors", {"boft_R": blocks, "boft_s": scale}, layer, 1.0)
+    agree(found, wanted, layer.weight)
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,59 @@ select id from keys where id = :key_id and disabled_at is null $for_update;
 -- The job that an earlier submit of this key made under the same idempotency key.
 select * from predictions where key_id = :key_id and idempotency_key = :idempotency_key;
 
+-- free_idempotency_key --
+-- A deleted job gives up its idempotency key, so that it can be used for another.
+update predictions set idempotency_key = null where id = :id and deleted_at is not null;
+
+-- find_dropped --
+-- The job of this key with this body that its client hung up on first, less than :window ago, and that is worth
+-- coming back to. (By its creation would do as well, but has SQLite walk through all jobs of the key.)
+select id, withdrawn from predictions
+ where key_id = :key_id and body_hash = :body_hash and dropped_at > $now - :window
+   and status in ('created', 'processing', 'completed') and not cancel_requested
+   and deleted_at is null and expired_at is null
+ order by dropped_at, id limit 1;
+
+-- rejoin_job --
+-- A request comes to a job that is there already: it is dropped no more, a withdrawn one waits again in its old
+-- place, and :held synchronous requests more hold it.
+update predictions set dropped_at = null, withdrawn = false, holders = holders + :held
+ where id = :id and status in ('created', 'processing', 'completed') and not cancel_requested
+returning *;
+
+-- find_held --
+-- The age of the oldest job, not ended, that a synchronous request for the same body holds.
+select max($now - created_at) from predictions
+ where key_id = :key_id and body_hash = :body_hash and holders > 0 and status in ('created', 'processing');
+
+-- drop_job --
+-- A client hung up. With nobody else holding the job it is dropped, and, where :withdraw says so, no worker takes it
+-- if none has begun it.
+update predictions
+   set withdrawn = withdrawn or (:withdraw and holders <= 1 and status = 'created' and started_at is null),
+       dropped_at = case when holders <= 1 then $now else dropped_at end,
+       holders = case when holders > 0 then holders - 1 else 0 end
+ where id = :id and status in ('created', 'processing', 'completed')
+returning withdrawn;
+
+-- end_withdrawn --
+-- Withdrawn jobs that nobody came back to for :window end as cancelled.
+update predictions
+   set status = 'cancelled', error = :error, error_class = 'cancelled', cancel_requested = true, withdrawn = false,
+       finished_at = $now
+ where withdrawn and status = 'created' and dropped_at <= $now - :window
+returning id;
+
 -- count_waiting_of_key --
 -- Jobs of this key that no worker has taken.
-select count(*) from predictions where key_id = :key_id and status = 'created';
+select count(*) from predictions where key_id = :key_id and status = 'created' and withdrawn = false;
 
 -- advance_key --
 -- The fair tag of the key's next job (self-clocked fair queuing, Golestani 1994): the later of the key's own
 -- last tag and the system's virtual time, plus the cost. Virtual time is the tag of the job due next, or, with
 -- nothing waiting, the last tag given to anybody, so that work done on an idle system is never held against a key.
 update keys set vtime = :cost + $greatest(vtime, coalesce(
-           (select fair from predictions where status = 'created' and pool = :pool
+           (select fair from predictions where status = 'created' and not withdrawn and pool = :pool
              order by priority desc, fair, id limit 1),
            (select max(vtime) from keys)))
  where id = :key_id
@@ -26,8 +69,9 @@ returning vtime;
 -- create_job --
 -- A new job, waiting for a worker.
 insert into predictions (id, key_id, idempotency_key, model, pool, status, priority, fair, lora_key, input, seed,
-                         created_at)
-values (:id, :key_id, :idempotency_key, :model, :pool, 'created', :priority, :fair, :lora_key, :input, :seed, $now)
+                         webhook_url, body_hash, holders, created_at)
+values (:id, :key_id, :idempotency_key, :model, :pool, 'created', :priority, :fair, :lora_key, :input, :seed,
+        :webhook_url, :body_hash, :holders, $now)
 returning *;
 
 -- get_job --
@@ -39,13 +83,13 @@ select * from predictions where id = :id;
 -- already go first, but only within a stretch of :bucket units of fair share, so nobody waits long for affinity.
 with due as (
     select id, priority, fair, lora_key from predictions
-     where status = 'created' and pool = :pool
+     where status = 'created' and not withdrawn and pool = :pool
      order by priority desc, fair, id limit 64),
 head as (
     select min(fair) as fair from due),
 chosen as (
     select p.id from predictions p join due on due.id = p.id cross join head
-     where p.status = 'created'
+     where p.status = 'created' and not p.withdrawn
      order by due.priority desc, floor((due.fair - head.fair) / :bucket), $missing_loras, due.fair, p.id
      limit :limit $skip_locked)
 update predictions
@@ -60,23 +104,27 @@ update predictions set lease_until = $now + :lease, progress = :progress
  where id = :id and attempt = :attempt and lease_owner = :worker and status = 'processing'
 returning cancel_requested;
 
+-- show_preview --
+-- What a held job's pictures are becoming, as JSON.
+update predictions set preview = :preview where id = :id and attempt = :attempt and status = 'processing';
+
 -- end_job --
 -- The holder of the lease ends the job, unless its owner cancelled it first.
 update predictions
    set status = :status, outputs = :outputs, error = :error, error_class = :error_class, timings = :timings,
-       loras = :loras,
+       loras = :loras, preview = null,
        lease_owner = null, lease_until = null, finished_at = $now
  where id = :id and attempt = :attempt and status = 'processing' and not cancel_requested;
 
 -- requeue_job --
 -- A held job waits again, in its old place, unless its owner cancelled it first.
-update predictions set status = 'created', lease_owner = null, lease_until = null, progress = '{}'
+update predictions set status = 'created', lease_owner = null, lease_until = null, progress = '{}', preview = null
  where id = :id and attempt = :attempt and status = 'processing' and not cancel_requested;
 
 -- end_cancelled --
 -- A held job that its owner cancelled ends so.
 update predictions
-   set status = 'cancelled', error = 'cancelled', error_class = 'cancelled',
+   set status = 'cancelled', error = 'cancelled', error_class = 'cancelled', preview = null,
        lease_owner = null, lease_until = null, finished_at = $now
  where id = :id and attempt = :attempt and status = 'processing' and cancel_requested;
 
@@ -113,7 +161,7 @@ insert into events (prediction_id, type, at) values (:id, :type, $now);
 
 -- queue_depth --
 -- Jobs waiting in a pool.
-select count(*) from predictions where status = 'created' and pool = :pool;
+select count(*) from predictions where status = 'created' and not withdrawn and pool = :pool;
 
 -- last_event --
 -- A number that grows with every change of any job's state.
@@ -122,3 +170,10 @@ select coalesce(max(seq), 0) from events;
 -- abandon --
 -- A worker is known to be dead: its leases end now, so that the next reap gives its jobs to others.
 update predictions set lease_until = $now - 1 where lease_owner = :worker and status = 'processing';
+
+-- usage_of_key --
+-- A key's predictions between two moments, counted by model, day (since 1970, UTC) and status.
+select model, created_at / 86400000 as day, status, count(*) as number from predictions
+ where key_id = :key_id and created_at between :since and :until
+ group by model, created_at / 86400000, status
+ order by day, model, status;

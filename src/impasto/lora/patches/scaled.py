@@ -52,3 +52,12 @@ class Scaled(Patch):
         sides = [1] * weight.ndim
         sides[int(self.on_input)] = -1
         return weight.float() * (1 + strength * self.change.float().to(weight.device).reshape(sides))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledBias(Scaled):
+    """``b' = b * (1 + strength * change)``: PEFT scales a layer's answers, and the bias is a part of them."""
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether it has a number for each output."""
+        return tuple(shape) == self.shape

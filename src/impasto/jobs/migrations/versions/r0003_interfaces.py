@@ -14,6 +14,7 @@ def upgrade() -> None:
     """Add columns, tables and indexes."""
     op.add_column("keys", sa.Column("webhook_secret", sa.Text))  # needed in clear: it signs
     _predictions()
+    _attempts()
     _uploads()
     _webhooks()
     _workers()
@@ -22,7 +23,8 @@ def upgrade() -> None:
 def _predictions() -> None:
     for column in (
         sa.Column("body_hash", sa.Text),  # SHA-256 of model and body, to tell a request that is sent again
-        sa.Column("dropped_at", sa.BigInteger),  # when a synchronous client hung up on it
+        sa.Column("holders", sa.Integer, nullable=False, server_default="0"),  # synchronous requests that wait for it
+        sa.Column("dropped_at", sa.BigInteger),  # when the last of them hung up
         sa.Column("withdrawn", sa.Boolean, nullable=False, server_default=sa.false()),  # no worker is to take it
         sa.Column("deleted_at", sa.BigInteger),  # its owner sees it no more
         sa.Column("expired_at", sa.BigInteger),  # its pictures are gone
@@ -31,12 +33,22 @@ def _predictions() -> None:
     ):
         op.add_column("predictions", column)
     op.create_index("predictions_of_key", "predictions", ["key_id", "created_at", "id"])
-    _partial_index("predictions_dropped", "predictions", "dropped_at", "dropped_at is not null")
+    op.drop_index("predictions_waiting_of_key", "predictions")
+    _partial_index("predictions_waiting_of_key", "predictions", ["key_id", "withdrawn"], "status = 'created'")
+    op.create_index("predictions_of_body", "predictions", ["body_hash", "key_id"])
+    _partial_index("predictions_withdrawn", "predictions", "dropped_at", "withdrawn")
     _partial_index("predictions_to_expire", "predictions", "finished_at", "expired_at is null")
+    _partial_index("predictions_to_purge", "predictions", "deleted_at", "deleted_at is not null")
 
 
-def _partial_index(name: str, table: str, column: str, where: str) -> None:
-    op.create_index(name, table, [column], sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+def _attempts() -> None:
+    op.add_column("attempts", sa.Column("swept_at", sa.BigInteger))  # what it left behind was looked for then
+    _partial_index("attempts_to_sweep", "attempts", "ended_at", "outcome <> 'ok' and swept_at is null")
+
+
+def _partial_index(name: str, table: str, columns: str | list[str], where: str) -> None:
+    columns = [columns] if isinstance(columns, str) else columns
+    op.create_index(name, table, columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 def _uploads() -> None:
@@ -46,6 +58,7 @@ def _uploads() -> None:
         sa.Column("key_id", sa.Text, sa.ForeignKey("keys.id"), nullable=False),
         sa.Column("ticket_hash", sa.Text, unique=True),  # SHA-256 of the secret that lets one PUT happen
         sa.Column("filename", sa.Text, nullable=False),
+        sa.Column("blob", sa.Text),  # its file; null until it came whole
         sa.Column("content_type", sa.Text),  # found in the bytes; null until they came
         sa.Column("size", sa.BigInteger, nullable=False, server_default="0"),  # bytes
         sa.Column("created_at", sa.BigInteger, nullable=False),
