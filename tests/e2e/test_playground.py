@@ -48,10 +48,11 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def builtin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A service with the model that ships, and one of its LoRAs under its own name."""
+    """A service with the model that ships, and its LoRAs under their own names."""
     folder = tmp_path_factory.mktemp("builtin")
     (folder / "loras").mkdir()
-    shutil.copy(LORAS / "line-art.safetensors", folder / "loras")
+    for file in LORAS.glob("*.safetensors"):
+        shutil.copy(file, folder / "loras")
     served = Served(folder)
     served.wait_for(re.compile("taking jobs"), 180)
     yield served
@@ -511,6 +512,25 @@ def test_a_broken_stream_is_taken_up_where_it_broke(fake, visit):
     assert asked[:2] == [None, "41-x"]
 
 
+def test_a_flagged_picture_is_marked(fake, visit):
+    """What the safety checker said of a picture stands below it; the checker can be switched off, hidden fields not."""
+    at = visit(fake)
+    at.open_group("Output")
+    expect(at.page.locator("#field-enable_safety_checker")).to_be_checked()
+    expect(at.page.locator("[data-field=disable_safety_checker]")).to_have_count(0)
+
+    def flagged(route: Route) -> None:
+        job_id = route.request.url.split("/")[-2]
+        status = json.dumps(poll(fake.api(at.key), job_id, ended) | {"has_nsfw_contents": [True]})
+        route.fulfill(body=f"event: status\ndata: {status}\n\n", content_type="text/event-stream")
+
+    at.page.route("**/events", flagged)
+    at.page.locator("#field-enable_safety_checker").uncheck()
+    at.paint("a boat")
+    expect(at.page.locator(".flagged")).to_have_text("flagged")
+    assert at.bodies()[-1]["enable_safety_checker"] is False
+
+
 def test_without_a_stream_the_page_polls(fake, visit):
     """Where something between cannot carry streams, results come by polling."""
     at = visit(fake, refusals=("404",))
@@ -545,29 +565,30 @@ def test_screenshots(builtin, visit):
 
     def keep(visit: Visit, name: str) -> None:
         visit.page.wait_for_timeout(1200)
-        data, file = visit.page.screenshot(), folder / f"playground-{name}.png"
-        Image.open(io.BytesIO(data)).quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+        data, file = visit.page.screenshot(), folder / f"playground-{name}.jpg"
+        Image.open(io.BytesIO(data)).convert("RGB").save(file, quality=88, subsampling=0, optimize=True)
         assert file.stat().st_size < 250_000
 
     api = builtin.api(at.key)
     body = {"size": "512*512", "num_inference_steps": 24}
-    for prompt in ("a mushroom on a pink background", "a rocket on a purple background", "a car, white background"):
-        job = api.post("/api/v3/wavespeed-ai/sdxl-lora", json=body | {"prompt": prompt, "seed": 5}).json()["data"]
+    for prompt in ("a car on a white background", "a rocket on a purple background", "a cactus, yellow background"):
+        job = api.post("/api/v3/wavespeed-ai/sdxl-lora", json=body | {"prompt": prompt, "seed": 7}).json()["data"]
         poll(api, job["id"], ended, 300)
     at.open_group("LoRAs")
     at.page.get_by_role("button", name="Add a LoRA").click()
-    at.page.get_by_label("LoRA 1", exact=True).fill("line-art")
-    at.page.get_by_label("Scale of LoRA 1").fill("0.6")
-    at.paint("a red apple on a yellow background", steps=20)
+    at.page.get_by_label("LoRA 1", exact=True).fill("pixel-art")
+    at.page.get_by_label("Scale of LoRA 1").fill("0.8")
+    at.set("seed", "7")
+    at.paint("a mushroom on a pink background", steps=16)
     bar = at.page.get_by_role("progressbar")
-    expect(bar).to_have_attribute("aria-valuenow", re.compile("^[678]"), timeout=240_000)
+    expect(bar).to_have_attribute("aria-valuenow", re.compile(r"^[678]\d"), timeout=240_000)
     at.page.locator(".fields").evaluate("each => each.scrollTo(0, 0)")
     keep(at, "running")
     expect(at.works()).to_have_count(1, timeout=240_000)
     at.page.get_by_role("button", name="Use as start picture").click()
     at.page.get_by_role("button", name="Paint a mask").click()
     box = at.page.locator("#mask-canvas").bounding_box()
-    path = [(0.3, 0.3), (0.45, 0.22), (0.62, 0.25), (0.7, 0.35), (0.6, 0.42), (0.42, 0.38), (0.33, 0.32)]
+    path = [(0.28, 0.45), (0.36, 0.32), (0.5, 0.26), (0.64, 0.3), (0.74, 0.44), (0.6, 0.46), (0.4, 0.46), (0.5, 0.38)]
     spots = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in path]
     at.page.mouse.move(*spots[0])
     at.page.mouse.down()

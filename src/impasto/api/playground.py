@@ -53,10 +53,10 @@ _STARTERS: Final = {
     "builtin": {
         "size": "512*512",
         "prompts": [
-            "a red fox on a blue background",
-            "a green cactus on a yellow background",
-            "a rocket on a purple background",
             "a mushroom on a pink background",
+            "a rocket on a purple background",
+            "a green cactus on a yellow background",
+            "a red apple on a blue background",
         ],
     }
 }

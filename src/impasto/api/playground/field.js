@@ -16,6 +16,7 @@ const LABELS = {
   high_noise_frac: "Hand-over",
   refine_steps: "Refiner steps",
   output_format: "File format",
+  enable_safety_checker: "Safety checker",
 };
 
 export const labelOf = (name) => LABELS[name] ?? (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");

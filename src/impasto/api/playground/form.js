@@ -16,8 +16,8 @@ const PLACES = {
   refine: "refine", high_noise_frac: "refine", refine_steps: "refine",
 };
 const GROUPS = ["prompt", "canvas", "start", "loras", "sampling", "refine", "output"];
-// The page always wants addresses and follows the work itself.
-const LEFT_OUT = new Set(["enable_base64_output", "enable_sync_mode", "enable_safety_checker", "mask_image"]);
+// The page always wants addresses, follows the work itself, and gives each LoRA its scale; masks come with their picture.
+const LEFT_OUT = new Set(["enable_base64_output", "enable_sync_mode", "lora_scale", "mask_image"]);
 const ALWAYS = new Set(["prompt", "size", "num_inference_steps", "guidance_scale", "num_images", "seed"]);
 const SHOWN_WHEN = {
   strength: (form) => form.value("image") !== undefined,
@@ -41,7 +41,7 @@ export class Form {
     const names = schema["x-order-properties"] ?? Object.keys(schema.properties);
     for (const name of names) {
       const unused = name.startsWith("refine") || name === "high_noise_frac" ? !this.server.refiner : false;
-      if (!LEFT_OUT.has(name) && !unused) this.place(name, schema.properties[name], start);
+      if (!LEFT_OUT.has(name) && !unused && !schema.properties[name]["x-hidden"]) this.place(name, schema.properties[name], start);
     }
     this.load(kept);
     at("refine-section").hidden = !this.fields.has("refine");

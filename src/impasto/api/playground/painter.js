@@ -3,7 +3,8 @@
 import { h, icon, iconButton } from "./dom.js";
 
 const MOST_PIXELS = 1536; // of the longer side: no larger picture is drawn
-const TINT = "#e0482c"; // how the mask shows over the picture; what is sent is white on black
+// How the mask shows over the picture: hatched, so that it is seen on any colour. What is sent is white on black.
+const TINTS = ["#d2391c", "#ffe9dc"];
 
 /** Return a function that opens the painter; see `StartField`. */
 export function painterIn(dialog) {
@@ -20,6 +21,7 @@ class Painting {
     this.ring = h("div", { class: "ring", hidden: true });
     this.at = [width / 2, height / 2];
     this.unit = Math.min(width, height) / 100;
+    this.hatch = hatched(Math.max(8, Math.round(this.unit * 2.4)));
     const board = h("div", { class: "board", vars: { "--ratio": width / height, "aspect-ratio": `${width} / ${height}` } }, h("img", { src: start.src, alt: "" }), this.canvas, this.ring);
     this.size = h("input", { type: "range", min: 1, max: 40, value: 12, id: "brush-size" });
     this.paintTool = h("button", { type: "button", class: "plain" }, icon("brush"), "Paint");
@@ -142,7 +144,7 @@ class Painting {
     const { width, height } = this.canvas;
     pen.clearRect(0, 0, width, height);
     pen.lineCap = pen.lineJoin = "round";
-    pen.strokeStyle = pen.fillStyle = TINT;
+    pen.strokeStyle = pen.fillStyle = pen.createPattern(this.hatch, "repeat");
     for (const stroke of this.strokes) {
       if (stroke.clear) pen.clearRect(0, 0, width, height);
       else if (stroke.invert) {
@@ -173,6 +175,21 @@ class Painting {
     sheet.getContext("2d").putImageData(pixels, 0, 0);
     return { uri: sheet.toDataURL("image/png"), overlay: this.canvas.toDataURL("image/png"), strokes: this.strokes };
   }
+}
+
+/** Return a tile of diagonal stripes without seams. */
+function hatched(side) {
+  const tile = h("canvas", { width: side, height: side });
+  const pen = tile.getContext("2d");
+  pen.fillStyle = TINTS[0];
+  pen.fillRect(0, 0, side, side);
+  pen.fillStyle = TINTS[1];
+  for (const corners of [[[0, 0.65], [0.65, 0], [1, 0], [0, 1]], [[0.65, 1], [1, 0.65], [1, 1]]]) {
+    pen.beginPath();
+    for (const [x, y] of corners) pen.lineTo(x * side, y * side);
+    pen.fill();
+  }
+  return tile;
 }
 
 function drawStroke(pen, { size, points }) {

@@ -128,6 +128,7 @@ export class Stage {
       h("figcaption", {},
         seedButton,
         h("span", { class: "spacer" }),
+        prediction.has_nsfw_contents?.[index] && h("span", { class: "flagged", title: "The safety checker flagged it" }, "flagged"),
         iconButton("start", "Use as start picture", () => this.on.start(output), { class: "quiet icon use-start" }),
         h("a", { class: "quiet icon", href: src, download: name, "aria-label": "Download", title: "Download" }, icon("download")),
       ),
