@@ -506,3 +506,42 @@ def test_tensors_are_the_files_own_copy(tmp_path):
         file.seek(size - 64)
         file.write(b"\x7f" * 64)
     assert torch.equal(change(contents), before)
+
+
+def test_a_bias_goes_with_its_weight_to_base_or_refiner(tmp_path):
+    """Layers of base and refiner that have a name and as many outputs in common: a whole one is for where it fits."""
+    model = TargetNames(
+        SHAPES | {Target("refiner", CONV): (8, 5, 3, 3), Target("refiner", CONV, "bias"): (8,)}
+        | {Target("refiner", KEY): (9, 6)}
+    )  # fmt: skip
+    whole = {"diff": torch.ones(8, 4, 3, 3), "diff_b": torch.ones(8)}
+    tensors = named("unet." + CONV, whole) | named("unet." + KEY, low_rank(9))
+    contents = read(tmp_path, tensors, model=model)
+    assert set(contents.patches) == {Target("unet", CONV), Target("unet", CONV, "bias"), Target("refiner", KEY)}
+    assert (contents.unmatched, contents.mismatched, contents.ignored) == ((), (), ())
+
+
+def test_a_layer_that_fits_base_and_refiner_goes_with_the_rest_of_the_file(tmp_path):
+    """Rotations of the outputs know no inputs, so one may fit both: the other modules tell whose the file is."""
+    model = TargetNames(
+        SHAPES
+        | {Target("refiner", CONV): (8, 5, 3, 3), Target("refiner", KEY): (9, 6), Target("refiner", QUERY): (9, 9)}
+    )
+    turned = named("unet." + CONV, {"oft_blocks": torch.randn(2, 4, 4)})
+    base = named("unet." + KEY, low_rank()) | named("unet." + QUERY, low_rank(8, 8))
+    refiner = named("unet." + KEY, low_rank(9)) | named("unet." + QUERY, low_rank(9, 9))
+    for others, network in ((base, "unet"), (refiner, "refiner")):
+        contents = read(tmp_path, turned | others, model=model)
+        assert set(contents.patches) == {Target(network, module) for module in (CONV, KEY, QUERY)}
+        assert (contents.unmatched, contents.mismatched, contents.ignored) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"), [("oft_blocks", (2000, 1, 8, 8)), ("boft_R", (2000, 1, 8, 8)), ("oft_R.weight", (40_000, 1))]
+)
+def test_rotations_are_counted_before_they_are_worked_out(tmp_path, monkeypatch, part, shape):
+    """More stages or blocks than a weight can have cost no float64: a file of bytes would grow some fifty times."""
+    for name in ("cayley", "half_cayley", "cayley_of_upper"):
+        monkeypatch.setattr(f"impasto.lora.kinds.{name}", lambda *_: pytest.fail("was worked out"))
+    tensors = named("lora_unet_" + QUERY.replace(".", "_"), {part: torch.zeros(shape).to(torch.float8_e4m3fn)})
+    refused(tmp_path, tensors, "stages where 8 need|is not for this model")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 37.0  # decimal digits of float32's largest number, less a little
+_PIECE = 2**20  # numbers that are made larger at a time
 
 
 class MalformedError(ValueError):
@@ -42,11 +43,18 @@ def digits(part: str, tensor: Tensor) -> float:
         raise MalformedError(f"its {part} holds {str(tensor.dtype).removeprefix('torch.')} numbers, not fractions")
     if tensor.numel() == 0:
         raise MalformedError(f"its {part} is empty")
-    least, most = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
-    largest = max(-float(least), float(most))
-    if not math.isfinite(float(least) + float(most)):
+    least, most = _range(tensor)
+    largest = max(-least, most)
+    if not math.isfinite(least + most):
         raise MalformedError(f"its {part} has numbers that are not finite")
     return math.log10(max(largest * max(tensor.shape, default=1), 1.0))
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest number, NaN if one is; float8, of which torch finds neither, by pieces."""
+    pieces = [tensor] if tensor.element_size() > 1 else tensor.flatten().chunk(-(-tensor.numel() // _PIECE))
+    ends = [torch.aminmax(piece if tensor.element_size() > 1 else piece.float()) for piece in pieces]
+    return float(torch.stack([least for least, _ in ends]).min()), float(torch.stack([most for _, most in ends]).max())
 
 
 def one_number(tensor: Tensor, part: str) -> float:

@@ -7,7 +7,9 @@ Knows the order of things: gate, names, tensors, kinds, verdict. What each of th
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ class _Found:
     unmatched: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    left_to: Counter[str] = field(default_factory=Counter)  # network -> its modules of names that fit the other's only
 
     def take(self, name: str, spelling: Spelling, place: Target, patch: Patch) -> None:
         """Take a patch, unless the same parameter has one under a better spelling: never both."""
@@ -87,15 +90,20 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
     _sort_strange(keys, header, found)
     try:
         scaling = read_scaling(header.metadata, path)
-        with path.open("rb") as raw, safe_open(path, framework="pt") as file:
+        with (
+            path.open("rb") as raw,
+            safe_open(path, framework="pt") as file,
+            ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing,  # beside the reading: neither needs the other
+        ):
+            hashed = hashing.submit(hashlib.file_digest, raw, "sha256")
             shared = {key: file.get_tensor(key).clone() for keys_of in keys.shared.values() for key in keys_of.values()}
             for name, (match, parts) in modules.items():
                 _read_module(name, match, _tensors(file, parts, shared), model, scaling, found, field)
-            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+            digest = hashed.result().hexdigest()
     except (SafetensorError, OSError) as error:
         raise LoraError(field, f"cannot be read ({type(error).__name__}); fetch it again") from None
     except BadConfigError as error:
-        raise LoraError(field, f"{error}; save it again without") from None
+        raise LoraError(field, str(error)) from None
     _leave_refiner(found)
     matched = found.matched()
     found.ignored.extend(name for name in dict.fromkeys(found.twice) if name not in matched)
@@ -154,26 +162,35 @@ def _read_module(
     """Read one module's adapter, for each module of the model that it may mean."""
     mismatches: list[Mismatch] = []
     missing: list[str] = []
-    fitted = False
+    fitted: list[str] = []
     for target in match.targets:
         try:
             patches = _patches(name, target, parts, model, scaling, field)
         except WrongSizeError as error:
             mismatches.append(Mismatch(name, error.shape, model.shape(target) or ()))
             continue
-        for patch, place in patches:
-            shape = model.shape(place)
-            if shape is None:
-                missing.append(f"{name}.{place.parameter}")
-            elif patch.fits(torch.Size(shape)):
+        places = [(patch, place, model.shape(place)) for patch, place in patches]
+        misfits = [
+            Mismatch(name, patch.shape, shape) for patch, _, shape in places if shape and not _fits(patch, shape)
+        ]
+        mismatches += misfits
+        missing += [f"{name}.{place.parameter}" for _, place, shape in places if shape is None]
+        if misfits and len(match.targets) > 1:
+            continue  # a bias of the same length goes with its weight
+        for patch, place, shape in places:
+            if shape is not None and _fits(patch, shape):
                 found.take(name, match.spelling, place, patch)
-                fitted = True
-            else:
-                mismatches.append(Mismatch(name, patch.shape, shape))
+                fitted.append(place.network)
+    if fitted:
+        found.left_to.update(target.network for target in match.targets if target.network not in fitted)
     # A name that the base and the refiner share fits one of them: that is a match.
     if len(match.targets) == 1 or not fitted:
         found.mismatched.extend(mismatches[:1] if len(match.targets) > 1 else mismatches)
         found.unmatched.extend(dict.fromkeys(missing))
+
+
+def _fits(patch: Patch, shape: tuple[int, ...]) -> bool:
+    return patch.fits(torch.Size(shape))
 
 
 def _patches(
@@ -188,7 +205,10 @@ def _patches(
         peft_rank=partial(scaling.rank, target.network, target.module),
         peft_kind=str(config.get("peft_type", "LORA")).rpartition(".")[2].upper() if from_peft else None,
         neumann_terms=_neumann_terms(config),
+        largest_turn=scaling.largest_turn(target.network),
+        on_input=scaling.on_input(target.network, target.module),
         has_bias=model.shape(Target(target.network, target.module, "bias")) is not None,
+        by_root=scaling.by_root,
     )
     try:
         patches = read_patches(adapter)
@@ -207,10 +227,16 @@ def _neumann_terms(config: Any) -> int | None:
 
 
 def _leave_refiner(found: _Found) -> None:
-    """Leave the refiner alone where only biases fit, or the base: a few of equal width do not make the file its own."""
+    """Leave the refiner alone, or the base, where a few of equal width fit it: they do not make the file its own.
+
+    Such are biases, and rotations of an output layer's few outputs. What only one of the networks has a name for, or
+    fits one alone, tells whose the file is.
+    """
     of = {network: [target for target in found.patches if target.network == network] for network in UNETS}
+    names = {network: {found.names[target][1] for target in of[network]} for network in UNETS}
     for network, other in (UNETS, UNETS[::-1]):
-        if of[other] and all(target.parameter == "bias" for target in of[network]):
+        few = names[network] < names[other] and len(names[network]) < found.left_to[network]
+        if of[other] and (few or all(target.parameter == "bias" for target in of[network])):
             for target in of[network]:
                 del found.patches[target]
             return

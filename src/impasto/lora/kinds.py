@@ -42,7 +42,10 @@ class Adapter:
         peft_rank: Gives the rank that PEFT's configuration has for the module, if there is one.
         peft_kind: PEFT's word for the kind (``LOKR``), if the file has a configuration or PEFT's names.
         neumann_terms: Of OFTv2's series; ``None`` is the exact inverse.
+        largest_turn: Of all OFTv2's blocks together, as a norm; ``None``: any.
+        on_input: Whether PEFT's IA3 scales the module's inputs, where its configuration says.
         has_bias: Whether the model's module has one.
+        by_root: Whether LyCORIS divided by the root of the rank.
     """
 
     parts: dict[str, Tensor]
@@ -51,7 +54,10 @@ class Adapter:
     peft_rank: Callable[[], int | None] = lambda: None
     peft_kind: str | None = None
     neumann_terms: int | None = 5
+    largest_turn: float | None = None
+    on_input: bool | None = None
     has_bias: bool = False
+    by_root: bool = False
 
 
 def read_patches(adapter: Adapter) -> dict[Parameter, Patch]:
@@ -197,6 +203,8 @@ class _Reader:
             scale = self._scale(rank)
         elif self._adapter.peft_kind == "LOKR" and (configured := self._adapter.peft_rank()):
             scale = self._scale(configured)  # PEFT scales whole factors too
+        elif self._adapter.by_root and self._alpha is not None and self._alpha > 0:
+            scale = self._alpha ** (1 / 3)  # the root of the rank; the alpha saved is rank times that
         else:
             scale = 1.0
         return Kronecker(small, large, scale, rank)
@@ -238,7 +246,10 @@ class _Reader:
                 self._at_odds("bm", core, "b2", down)
             self._sized((up.shape[0], down.shape[1], *core.shape[2:]))
             down = torch.einsum("ij...,jk->ik...", core.float(), matrix(down).float())
-        return Generalized(before, after, up, down, self._scale(len(after)))
+        scale = self._scale(len(after))
+        if self._adapter.by_root and self._alpha is not None:
+            scale *= math.sqrt(len(after))  # of all kinds the one whose saved alpha is as it was given
+        return Generalized(before, after, up, down, scale)
 
     def rotated(self) -> Patch:
         blocks, rescale, outputs = self._blocks_of_outputs("oft_blocks")
@@ -267,7 +278,14 @@ class _Reader:
             raise MalformedError(f"its rescale has {rescale.numel()} numbers for {outputs} outputs")
         if outputs != self._adapter.shape[0]:
             raise WrongSizeError((outputs,))
+        if blocks.ndim == 4:
+            self._check_stages(part, len(blocks), outputs)
         return blocks, rescale, outputs
+
+    def _check_stages(self, part: str, stages: int, places: int) -> None:
+        """Refuse more stages than the widest one needs, before they are turned in float64."""
+        if stages > places.bit_length():
+            raise MalformedError(f"its {part} have {stages} stages where {places} need {places.bit_length()} at most")
 
     def input_butterfly(self) -> Patch:
         blocks = self._square_blocks("boft_R", (4,))
@@ -276,17 +294,19 @@ class _Reader:
         shape = (outputs if scale is None else scale.numel(), inputs)
         if shape != (outputs, math.prod(self._adapter.shape[1:])):
             raise WrongSizeError(shape)
+        self._check_stages("boft_R", len(blocks), inputs)
         return InputButterfly(half_cayley(blocks), scale)
 
     def input_rotated(self) -> Patch:
         (upper,) = self._take("oft_R")
         if upper.ndim != 2 or not block_size(upper.shape[1]):
             raise MalformedError(f"its oft_R has the shape {tuple(upper.shape)}, which are no triangles of blocks")
-        if math.prod(self._adapter.shape[1:]) % block_size(upper.shape[1]):
-            raise WrongSizeError((len(upper) * block_size(upper.shape[1]),))
+        size, inputs = block_size(upper.shape[1]), math.prod(self._adapter.shape[1:])
+        if inputs % size or len(upper) not in (1, inputs // size):
+            raise WrongSizeError((len(upper) * size,))
         if (scaled := self._parts.pop("scaled_oft", None)) is not None and bool(scaled.any()):
             upper = upper.double() / math.sqrt(upper.shape[1])
-        turn = cayley_of_upper(upper, self._adapter.neumann_terms)
+        turn = cayley_of_upper(upper, self._adapter.neumann_terms, self._adapter.largest_turn)
         digits("oft_R", turn)
         # OneTrainer turns a linear's inputs and a convolution's weight, which is the other way round; PEFT the inputs.
         by_weight = len(self._adapter.shape) == 4 and self._adapter.peft_kind is None
@@ -301,6 +321,8 @@ class _Reader:
         # PEFT makes (1, in) for feed-forward linears and (out, 1) for others; for convolutions (1, n, 1, 1) in both.
         row = factor.ndim > 1 and factor.shape[0] == 1
         on_input = row and (factor.ndim == 2 or factor.numel() != self._adapter.shape[0])
+        if factor.ndim == 4 and self._adapter.on_input is not None:
+            on_input = self._adapter.on_input
         change = factor.flatten().float() - 1
         if not on_input and self._adapter.has_bias:  # it scales what the layer answers, bias and all
             self._bias_patch = ScaledBias(change, on_input=False)

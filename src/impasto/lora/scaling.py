@@ -1,6 +1,7 @@
 """How strongly a trainer meant each module's adapter: alpha tensors, or PEFT's configuration in the metadata.
 
-Knows the rules (alpha over rank, over its root, by pattern). Knows no kinds and no model.
+Knows the rules (alpha over rank, over its root, by pattern), and which of PEFT's ways to train are no change of the
+model's weights. Knows no kinds and no model.
 
 Source: PEFT's ``LoraConfig``; rank-stabilised LoRA: Kalajdzievski 2023 (arXiv:2312.03732).
 """
@@ -28,17 +29,34 @@ _MOST = 2
 _SIGNS = re.compile(r"[*+?\\\[\](){}|^$]")  # what makes a pattern an expression
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 _MOST_PATTERNS = 2000  # every module is held against every pattern
+# Ways to begin that take the adapter's first values out of the model, whose weights are then others; by their first
+# letters, since some have a number of steps behind.
+_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Variants of LoRA that are more than the sum of its two matrices.
+_VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens")
+_COFT_EPS = 6e-5  # PEFT's own, where none is given
+_LYCORIS_ARGUMENTS = "ss_network_args"  # JSON, as kohya's trainer notes what the network was made with
 
 
 class BadConfigError(ValueError):
-    """The metadata's configuration cannot be followed; the message says why."""
+    """The metadata's configuration cannot be followed; the message says why and what to do."""
+
+    def __init__(self, problem: str, remedy: str = "save it again without") -> None:
+        super().__init__(f"{problem}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """PEFT's configuration of each network's adapter; empty where the file has none."""
+    """How strongly the adapters of a file are meant.
+
+    Attributes:
+        networks: PEFT's configuration of each network's adapter; empty where the file has none.
+        by_root: Whether LyCORIS divided by the root of the rank. It takes that into the alpha that it saves, but for
+            two kinds.
+    """
 
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_root: bool = False
 
     def config(self, network: str) -> Mapping[str, Any]:
         """Return one network's configuration; what stands without a network holds for all."""
@@ -68,6 +86,18 @@ class Scaling:
         rank = _by_pattern(config.get("rank_pattern"), module) or _number(config.get("r"))
         return int(rank) if rank and 1 <= rank < math.inf else None
 
+    def on_input(self, network: str, module: str) -> bool | None:
+        """Whether PEFT's IA3 was made to scale a module's inputs; ``None`` where the configuration does not list it."""
+        listed = self.config(network).get("feedforward_modules")
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            return None
+        return module.endswith(tuple(listed))
+
+    def largest_turn(self, network: str) -> float | None:
+        """Return the bound of PEFT's constrained OFT; ``None`` if it is not that."""
+        config = self.config(network)
+        return _number(config.get("eps", _COFT_EPS)) if config.get("coft") is True else None
+
 
 def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
     """Read PEFT's configuration from a header's metadata (diffusers writes one for each network).
@@ -75,14 +105,15 @@ def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
     PEFT itself writes it into a file beside its ``adapter_model.safetensors``.
 
     Raises:
-        BadConfigError: It is no JSON object.
+        BadConfigError: It is no JSON object, or what it says makes the adapter more than a change of weights.
     """
+    by_root = _divided_by_root(metadata.get(_LYCORIS_ARGUMENTS, ""))
     text = metadata.get(METADATA_KEY)
     if text is None and path.name == _PEFT_FILE and (beside := path.with_name(_PEFT_CONFIG)).is_file():
         with beside.open(encoding="utf-8", errors="replace") as file:
             text = file.read(_MAX_CONFIG)
     if text is None:
-        return Scaling()
+        return Scaling(by_root=by_root)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -97,7 +128,27 @@ def read_scaling(metadata: Mapping[str, str], path: Path) -> Scaling:
             raise BadConfigError(f"has {len(value)} items in the {name} of its metadata; {_MOST_PATTERNS} are read")
         patterns = name in _PATTERNS and isinstance(value, dict)
         networks.setdefault(network, {})[name] = _Patterns(value) if patterns else value
-    return Scaling(networks)
+    for config in networks.values():
+        _check_followed(config)
+    return Scaling(networks, by_root)
+
+
+def _check_followed(config: Mapping[str, Any]) -> None:
+    """Refuse what would be applied as plain LoRA and is not."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_STARTS):
+        remedy = "save it with path_initial_model_for_weight_conversion"
+        raise BadConfigError(f"began as {start[:20]!r}, which changed the model's own weights, too", remedy)
+    if variant := next((name for name in _VARIANTS if config.get(name)), None):
+        raise BadConfigError(f"was trained with PEFT's {variant}, which is not read here", "choose a plain LoRA")
+
+
+def _divided_by_root(arguments: str) -> bool:
+    try:
+        values = json.loads(arguments[:_MAX_CONFIG]) if arguments else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and str(values.get("rs_lora")).lower() in ("true", "1")
 
 
 def _number(value: Any) -> float | None:

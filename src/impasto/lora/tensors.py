@@ -62,7 +62,7 @@ _SHARED = re.compile(r"(?P<prefix>(.*\.)?)(?P<part>vera_[AB])(\.[\w-]+)?")
 # Kinds that are not read, by a word that only their keys have.
 _UNREAD = re.compile(
     r"[._](?P<kind>fourierft|hra|bone|miss|shira|c3a|road|vblora|randlora|delora|waveft|psoft|gralora|hira|lily|unilora"
-    r"|tinylora|frod|peanut|adamss|pvera|deft|beft)_\w+|\.(?P<tlora>lambda_layer|[pq]_layer(\.weight)?)$"
+    r"|tinylora|frod|peanut|adamss|pvera|deft|beft|glora|osf|ln_tuning)_\w+|\.(?P<tlora>lambda_layer|[pq]_layer(\.weight)?)$"
 )
 
 

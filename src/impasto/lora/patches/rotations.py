@@ -37,7 +37,7 @@ def cayley(blocks: Tensor, constraint: float = 0.0) -> Tensor:
     return turn.float()
 
 
-def cayley_of_upper(upper: Tensor, terms: int | None) -> Tensor:
+def cayley_of_upper(upper: Tensor, terms: int | None, largest: float | None = None) -> Tensor:
     """Return ``R - I`` of OFTv2's rotations; float32.
 
     Args:
@@ -45,11 +45,13 @@ def cayley_of_upper(upper: Tensor, terms: int | None) -> Tensor:
         terms: How many terms of the Neumann series stand for the inverse; the last counts once, those between twice:
             5 is ``I + 2Q + 2Q² + 2Q³ + Q⁴``, and 3 counts as 4, as in PEFT. ``None`` is the exact
             ``(I - Q)(I + Q)^-1``.
+        largest: Of ``Q``, all blocks together, for COFT; ``None``: any.
     """
+    upper = upper.double() if largest is None else _within(upper.double(), largest)
     size = block_size(upper.shape[1])
     skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
     rows, columns = torch.triu_indices(size, size, 1)
-    skew[:, rows, columns] = upper.double()
+    skew[:, rows, columns] = upper
     skew = skew - skew.mT
     identity = torch.eye(size, dtype=torch.float64)
     if terms is None:
@@ -61,6 +63,12 @@ def cayley_of_upper(upper: Tensor, terms: int | None) -> Tensor:
         power = power @ skew
         turn += power if exponent == last and last > 1 else 2 * power
     return turn.float()
+
+
+def _within(upper: Tensor, largest: float) -> Tensor:
+    """Shrink what turns too far, as PEFT does before every use: each of ``n`` blocks has ``largest / sqrt(n)``."""
+    norm = torch.linalg.vector_norm(upper, dim=1, keepdim=True) * 2**0.5  # each number stands twice in its block
+    return upper * torch.clamp(largest / len(upper) ** 0.5 / torch.where(norm == 0, 1.0, norm), max=1.0)
 
 
 def block_size(above: int) -> int:
