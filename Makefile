@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo serve test lint bench format clean help
+.PHONY: demo serve test lint bench chaos fuzz format clean help
 
 help:  ## Show what each target does.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,15 @@ lint: $(READY)  ## Check style, types and import rules.
 
 bench: $(READY)  ## Time pictures of several sizes and step counts.
 	@$(BIN)/python -m benchmarks.latency
+
+SECONDS_EACH ?= 300
+fuzz: $(READY)  ## Feed strange bytes to every reader, SECONDS_EACH=300 seconds each.
+	@$(BIN)/python -m tests.security.fuzz --seconds $(SECONDS_EACH)
+
+SECONDS ?= 60
+SEED ?= 0
+chaos: $(READY)  ## Kill everything at random on both databases, SECONDS=60 each, and look for lost jobs.
+	@$(BIN)/python -m scripts.chaos --seconds $(SECONDS) --seed $(SEED)
 
 format: $(READY)  ## Rewrite the code in the house style.
 	@$(BIN)/ruff check --fix .

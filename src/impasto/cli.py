@@ -1,4 +1,4 @@
-"""The command line: ``impasto serve | worker | generate | keys … | lora …``.
+"""The command line: ``impasto serve | worker | generate | status | keys … | db … | lora …``.
 
 Knows every room, imports each one inside the command that needs it, and holds no logic of its own. Options that
 are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, then from the defaults in ``config``.
@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from impasto.cli_db import db_app
+from impasto.cli_keys import keys_app
 from impasto.cli_lora import lora_app
+from impasto.cli_status import status
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError, FieldError, ImpastoError, InvalidInput
 from impasto.types import (
@@ -33,8 +36,6 @@ from impasto.types import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from impasto.jobs.keys import KeyStore
-
 AnySettings = TypeVar("AnySettings", Settings, GenerateSettings)
 
 app = typer.Typer(
@@ -46,9 +47,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog="Every option can also be set as IMPASTO_NAME in the environment or as name = … in impasto.toml.",
 )
-keys_app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(lora_app, name="lora")
+app.add_typer(db_app, name="db")
+app.command()(status)
 
 
 def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) -> Any:
@@ -132,7 +134,7 @@ def worker(
     from impasto.worker.process import run
 
     settings = _load(Settings, ctx)
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format)
     raise typer.Exit(run(settings, new_name()))
 
 
@@ -217,49 +219,6 @@ def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
     )
 
 
-@keys_app.command("create")
-def keys_create(
-    name: Annotated[str, typer.Argument(help="What to call it, such as the app that will use it.")],
-    data_dir: DataDir = None,
-    config: Config = None,
-) -> None:
-    """Make a key and print it, alone, on standard output. It is stored hashed and cannot be shown again."""
-    print(_keys(data_dir, config).create(name))
-
-
-@keys_app.command("list")
-def keys_list(data_dir: DataDir = None, config: Config = None) -> None:
-    """List the keys: id, name, first characters, when made, whether revoked."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("id", "name", "key", "created", "state")
-    for key in _keys(data_dir, config).list():
-        state = "revoked" if key.disabled_at else "active"
-        table.add_row(key.id, key.name, f"{key.prefix}…", f"{key.created_at:%Y-%m-%d %H:%M}", state)
-    Console().print(table)
-
-
-@keys_app.command("revoke")
-def keys_revoke(
-    name: Annotated[str, typer.Argument(help="Name or id of the key.")], data_dir: DataDir = None, config: Config = None
-) -> None:
-    """Make a key useless from now on."""
-    key = _keys(data_dir, config).revoke(name)
-    print(f"revoked {key.name} ({key.id})", file=sys.stderr)
-
-
-@keys_app.command("webhook-secret")
-def keys_webhook_secret(
-    name: Annotated[str, typer.Argument(help="Name or id of the key.")],
-    rotate: Annotated[bool, typer.Option("--rotate", help="Make another, which signs from now on.")] = False,
-    data_dir: DataDir = None,
-    config: Config = None,
-) -> None:
-    """Print what signs a key's webhooks, alone, on standard output."""
-    print(_keys(data_dir, config).named_webhook_secret(name, rotate=rotate))
-
-
 def main() -> None:
     """Run the command line; an error of ours is one line on standard error, not a trace."""
     with _plain_errors():
@@ -273,15 +232,6 @@ def _plain_errors() -> Iterator[None]:
     except ImpastoError as error:
         print(f"impasto: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidInput | ConfigError) else 1)
-
-
-def _keys(data_dir: Path | None, config: Path | None) -> KeyStore:
-    from impasto.jobs.database import open_database, upgrade
-    from impasto.jobs.keys import KeyStore
-
-    database = open_database(Settings.load(config, {"data_dir": data_dir}).database)
-    upgrade(database)
-    return KeyStore(database)
 
 
 @contextmanager

@@ -12,15 +12,17 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, NonNegativeFloat, SecretStr, ValidationError, field_validator
+from pydantic import Field, NonNegativeFloat, SecretStr, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
 from impasto.types import LIMITS, REFINE_MODES, SCHEDULERS
 
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^\s/*?#@]+)$")]
 CheckerKind = Literal["builtin", "compvis", "hf"]
 PREFIX = "IMPASTO_"
 CONFIG_VARIABLE = "IMPASTO_CONFIG"  # names the TOML file
@@ -104,6 +106,16 @@ class Settings(_Layered):
     public_url: str | None = Field(
         None, pattern=r"^https?://", description="Base of the URLs in answers. Unset: the host the client called."
     )
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(
+        [], description="Names this service answers to, such as pictures.example or *.example; none named: any."
+    )
+    trusted_proxies: Annotated[list[str], NoDecode] = Field(
+        [], description="Addresses and blocks of proxies whose X-Forwarded-For, -Proto and -Host are believed."
+    )
+    cors_origins: Annotated[list[Origin], NoDecode] = Field(
+        [], description="Origins whose pages may read answers, such as https://app.example; * is every one."
+    )
+    max_connections: int = Field(1000, ge=10, description="Connections held at once; beyond it requests get 503.")
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="Largest request body taken, in bytes.")
     max_upload_bytes: int = Field(2**30, gt=0, description="Largest file taken as an upload, in bytes.")
     upload_quota: int = Field(10 * 2**30, gt=0, description="Bytes that the uploads of one key may take together.")
@@ -113,23 +125,47 @@ class Settings(_Layered):
     output_seconds: float = Field(
         0, ge=0, description="Seconds from a job's end until its pictures are deleted; 0 keeps them."
     )
+    keep_seconds: float = Field(
+        0, ge=0, description="Seconds from a prediction's end until it is deleted whole; 0 keeps it."
+    )
     base64_cache_bytes: int = Field(
         128 * 2**20, ge=0, description="Memory for finished answers with base64, so that each is encoded once."
     )
     max_queued: int = Field(1000, gt=0, description="Jobs one key may have waiting; beyond it submits get 429.")
+    max_running: int = Field(0, ge=0, description="Jobs of one key that run at once; 0: no limit.")
+    rate_per_minute: int = Field(0, ge=0, description="Submits and uploads one key may send a minute; 0: no limit.")
+    daily_pictures: float = Field(0, ge=0, description="Default pictures' worth one key may have a day; 0: no limit.")
+    max_waiting: int = Field(10_000, ge=0, description="Jobs of all keys that may wait; then submits get 503. 0: any.")
+    min_free_bytes: int = Field(2**29, ge=0, description="Free disk space below which submits and uploads get 503.")
+    database_patience: float = Field(10, ge=0, description="Seconds that polls wait for a database that is away.")
     sync_timeout: float = Field(90, gt=0, description="Seconds a synchronous request is held before it turns async.")
     openai_timeout: float = Field(600, gt=0, description="Seconds a request to /v1 is held; then its job is cancelled.")
     lease_seconds: float = Field(30, gt=0, description="A worker silent for this long loses its jobs to another.")
+    drain_seconds: float = Field(
+        0, ge=0, description="Seconds a worker that is told to stop may use to finish its jobs; others get the rest."
+    )
     max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
     fake_step_seconds: float = Field(0.02, ge=0, description="How long a step of the model 'fake' takes, in seconds.")
     previews: bool = Field(True, description="Show roughly what pictures of running jobs are becoming.")
     metrics: Literal["open", "key", "off"] = Field(
-        "open", description="Who may read /metrics: everybody, whoever has an API key, or nobody."
+        "open", description="Who may read /metrics: everybody, keys with the scope metrics, or nobody."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or as JSON for programs.")
+    audit_log: Path | None = Field(None, description="File of who did what, as JSON lines. Unset: none is written.")
     offline: bool = Field(False, description="Call no other hosts for requests: no LoRAs, no pictures, no webhooks.")
     fetch_allow: Annotated[list[str], NoDecode] = Field(
         [], description="Hosts and address blocks that are fetched from though they are not public, such as 10.0.0.0/8."
+    )
+    fetch_hosts: Annotated[list[str] | None, NoDecode] = Field(
+        None,
+        description="The only hosts that LoRAs and pictures are fetched from, beside the hub and Civitai: "
+        "names or *.example. Unset: any public one.",
+    )
+    lora_repos: Annotated[list[str] | None, NoDecode] = Field(
+        None,
+        description="The only repositories whose LoRAs are fetched: owner/name, owner/*, civitai:MODEL, "
+        "civitai:*. Unset: any.",
     )
     fetch_http: bool = Field(False, description="Fetch from plain http addresses, too.")
     fetch_ports: Annotated[list[int], NoDecode] = Field([80, 443], description="Ports that are fetched from.")
@@ -161,6 +197,9 @@ class Settings(_Layered):
     webhook_allow: Annotated[list[str], NoDecode] = Field(
         [], description="Hosts and address blocks that webhooks are sent to though they are not public."
     )
+    webhook_hosts: Annotated[list[str] | None, NoDecode] = Field(
+        None, description="The only hosts that webhooks are sent to: names or *.example. Unset: any public one."
+    )
     webhook_http: bool = Field(False, description="Send webhooks to plain http addresses, too.")
     webhook_ports: Annotated[list[int], NoDecode] = Field([80, 443], description="Ports that webhooks are sent to.")
     webhook_tries: int = Field(8, ge=1, le=50, description="Times a webhook is sent until somebody takes it.")
@@ -171,11 +210,28 @@ class Settings(_Layered):
         "v3", description="How webhooks are signed: as the hosted API does, by Standard Webhooks, or both."
     )
 
-    @field_validator("fetch_allow", "fetch_ports", "hf_token_repos", "webhook_allow", "webhook_ports", mode="before")
+    embed_metadata: bool = Field(
+        True, description="Write prompt, seed and parameters into picture files; requests can decline."
+    )
+    reproduction_record: bool = Field(
+        True, description="Tell with each finished prediction what it takes to make it again: hashes, versions, device."
+    )
+
+    @field_validator(
+        "allowed_hosts", "cors_origins", "fetch_allow", "fetch_hosts", "fetch_ports", "hf_token_repos", "lora_repos",
+        "trusted_proxies", "webhook_allow", "webhook_hosts", "webhook_ports", mode="before",
+    )  # fmt: skip
     @classmethod
     def _list(cls, value: Any) -> Any:
         """Read ``a,b`` from the environment."""
         return _parts(value) if isinstance(value, str) else value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            ip_network(entry)
+        return value
 
     safety_checker: str = Field(
         "builtin",

@@ -6,6 +6,7 @@
     ├── InvalidInput            400  a request field has a wrong value; ``field`` is its path
     │   └── MediaError          400  a picture cannot be had
     ├── Unauthorized            401  no key, or one we do not know
+    ├── Forbidden               403  this key may not do that
     ├── NotFound                404  no such thing, or not yours
     ├── BadRequest              400  something outside the body is wrong: a header, a query parameter
     ├── Conflict                409  the request does not fit an earlier one
@@ -59,6 +60,12 @@ class Unauthorized(ImpastoError):
     """No API key was sent, or not one of ours."""
 
     status = 401
+
+
+class Forbidden(ImpastoError):
+    """The key is one of ours, and was made without the right to do this."""
+
+    status = 403
 
 
 class NotFound(ImpastoError):

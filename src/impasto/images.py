@@ -13,16 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import fpng
 import numpy as np
 import pybase64
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from impasto.errors import InvalidInput
+from impasto.metadata import as_exif, into_png
 from impasto.types import LIMITS, OutputFormat
+
+try:
+    import fpng
+except ImportError:  # no build for this platform: Pillow is twenty times slower, and right
+    fpng = None
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 MAX_INPUT_BYTES: Final = 20_000_000  # of a file that is read
+SPARSEST: Final = 0.6  # bytes in a character of base64 with as much white space in it as anybody puts there
 MAX_INPUT_PIXELS: Final = 50_000_000  # the largest cameras; a decoded picture has 3 or 4 bytes for each
 # Quality over size: these are originals, not thumbnails.
 _SAVE_OPTIONS: dict[OutputFormat, dict[str, Any]] = {
@@ -50,18 +56,25 @@ _OURS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"B
 _CONTAINERS: Final = {b"avif": "an AVIF", b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIF"}  # after "ftyp"
 
 
-def encode_image(image: Image.Image, file_format: OutputFormat) -> bytes:
-    """Encode an RGB picture as ``png`` (lossless), ``jpeg`` or ``webp`` file bytes."""
+def encode_image(image: Image.Image, file_format: OutputFormat, text: str | None = None) -> bytes:
+    """Encode an RGB picture as ``png`` (lossless), ``jpeg`` or ``webp`` file bytes, with ``text`` in it if given."""
     if file_format == "png":
-        return bytes(fpng.from_ndarray(np.ascontiguousarray(image.convert("RGB"))))
+        data = _png(image.convert("RGB"))
+        return data if text is None else into_png(data, text)
+    exif = {} if text is None else {"exif": as_exif(text)}
     buffer = io.BytesIO()
-    image.save(buffer, file_format.upper(), **_SAVE_OPTIONS[file_format])
+    image.save(buffer, file_format.upper(), **_SAVE_OPTIONS[file_format], **exif)
     return buffer.getvalue()
 
 
 def encode_png(image: Image.Image) -> bytes:
     """Encode an RGB, RGBA or L picture as PNG with every value kept and no metadata; ``decode_png`` is the inverse."""
-    if image.mode in ("RGB", "RGBA"):
+    return _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
+    """Encode by the fast encoder, which knows two modes; it may also be missing where it has no build."""
+    if fpng is not None and image.mode in ("RGB", "RGBA"):
         return bytes(fpng.from_ndarray(np.ascontiguousarray(image)))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
@@ -104,6 +117,7 @@ def decode_payload(text: str, field: str) -> bytes:
         )
     if start.startswith("data:"):
         text = _payload_of_uri(text, field)
+    check_bytes(int(len(text) * SPARSEST), field)  # before it is copied
     digits = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     check_bytes(len(digits) * 3 // 4, field)
     try:
@@ -138,6 +152,16 @@ def check_picture(data: bytes, field: str) -> str:
     with _opened(data, field) as image:
         # The JPEG decoder calls a file with several JPEGs, as some cameras write it, by another name.
         return INPUT_TYPES.get(str(image.format), "image/jpeg")
+
+
+def count_pixels(data: bytes, field: str) -> int:
+    """Return how many pixels a picture has that somebody sent, from its header.
+
+    Raises:
+        InvalidInput: As ``check_picture``.
+    """
+    with _opened(data, field) as image:
+        return int(image.width * image.height)
 
 
 def mask_of(image: Image.Image) -> Image.Image:
@@ -242,6 +266,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip and not scale
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy of the largest has 200 MB
     rgba = image.convert("RGBA")
     return rgba.convert("RGB") if rgba.getchannel("A").getextrema() == (255, 255) else rgba

@@ -10,10 +10,8 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import uvicorn
-
 from impasto.api.app import create_app
-from impasto.api.server import Server
+from impasto.api.server import Server, server_config
 from impasto.config import Settings
 from impasto.errors import ConfigError, ModelError
 from impasto.jobs.database import open_database, upgrade
@@ -22,6 +20,7 @@ from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 from impasto.jobs.workers import WorkerReports
 from impasto.logs import set_up_logging
+from impasto.memory import give_back_large_blocks
 from impasto.models.catalog import check_roles, find_model
 from impasto.worker.devices import count_gpus, worker_devices
 from impasto.worker.naming import FAKE_MODEL
@@ -29,7 +28,7 @@ from impasto.worker.supervisor import Supervisor
 
 FIRST_KEY_NAME = "first"
 BACKLOG = 2048
-DRAIN_SECONDS = 5  # for requests in progress at shutdown
+DATABASE_SECONDS = 60.0  # to wait for a database that starts together with us
 
 
 def serve(settings: Settings) -> None:
@@ -38,26 +37,17 @@ def serve(settings: Settings) -> None:
     Raises:
         ImpastoError: The model, the database or the address cannot be used: nothing is left running.
     """
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format)
+    give_back_large_blocks()
     if settings.model != FAKE_MODEL:
         check_roles(find_model(settings.model), None if settings.refiner is None else find_model(settings.refiner))
     settings.lora_dir.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
-    upgrade(database)
+    upgrade(database, DATABASE_SECONDS)
     store, keys = JobStore(database), KeyStore(database)
     listener = _listen(settings)
     app = create_app(settings, store, keys, OutputStore(settings.output_root))
-    # Our own log format; no access log, because a picture's URL is all that protects it.
-    server = Server(
-        app,
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            server_header=False,
-        ),
-    )
+    server = Server(app, server_config(app, settings))
     hopeless: list[bool] = []
 
     def give_up() -> None:

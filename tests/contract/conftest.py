@@ -18,11 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 from impasto.api.app import create_app
-from impasto.api.server import Server
+from impasto.api.server import Server, server_config
 from impasto.config import Settings
 from impasto.jobs.database import open_database, upgrade
 from impasto.jobs.keys import KeyStore
@@ -111,7 +110,9 @@ def serving(folder: Path, **overrides: Any) -> Iterator[Stack]:
     upgrade(engine)
     store, keys, outputs = JobStore(engine), KeyStore(engine), OutputStore(str(folder / "outputs"))
     app = create_app(settings, store, keys, outputs)
-    server = Server(app, uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=2))
+    config = server_config(app, settings)
+    config.timeout_graceful_shutdown = 2
+    server = Server(app, config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

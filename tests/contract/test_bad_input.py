@@ -6,6 +6,7 @@ Each refusal is 400 (413 for size) in the one error body with the field's path; 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import http.client
 import json
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"lora_scale": 4.1}, "/lora_scale", "must be between 0 and 4, got 4.1"),
     ({"lora_scale": "1", "loras": [{"path": "a/b"}]}, "/lora_scale", 'must be a number, got "1"'),
     ({"apply_watermark": 1}, "/apply_watermark", "must be true or false, got 1"),
+    ({"enable_metadata": "no"}, "/enable_metadata", 'must be true or false, got "no"'),
     ({"disable_safety_checker": "no"}, "/disable_safety_checker", 'must be true or false, got "no"'),
     # what this server has not
     ({"refine": "expert_ensemble_refiner"}, "/refine", "this server has no refiner: send no_refiner, or have the"),
@@ -258,3 +260,10 @@ def test_any_json_is_taken_or_refused_properly(http: httpx.Client, body: Any) ->
         assert answer.json()["data"]["status"] == "created"
     else:
         refusal(answer, 400)
+
+
+def test_a_packed_body_is_refused_by_the_name_of_its_header(http: httpx.Client) -> None:
+    """Not "no text": the client is told what to change."""
+    packed = gzip.compress(b'{"prompt": "a fox"}')
+    answer = http.post(f"/api/v3/{MODEL}", content=packed, headers={"Content-Encoding": "gzip"})
+    assert "Content-Encoding: 'gzip'" in refusal(answer, 400)

@@ -13,7 +13,7 @@ from impasto.config import GenerateSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "training/README.md",
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "training/README.md",
     "src/impasto/models/builtin/README.md", "src/impasto/models/builtin/loras/README.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]  # fmt: skip

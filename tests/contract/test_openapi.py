@@ -92,6 +92,7 @@ def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:
         "refine": "no_refiner",
         "high_noise_frac": 0.8,
         "lora_scale": 1,
+        "enable_metadata": True,
         "apply_watermark": False,
         "disable_safety_checker": False,
     }

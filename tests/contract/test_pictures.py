@@ -253,7 +253,7 @@ def test_a_refused_job_leaves_no_files(serve: Serve) -> None:
 
 
 def test_a_mask_that_cannot_be_stored_takes_the_picture_with_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk between the two files: an error of ours, no job and no file."""
+    """A full disk between the two files: try again later, no job and no file."""
     with serve() as stack:
         put, calls = OutputStore.put_input, []
 
@@ -265,7 +265,7 @@ def test_a_mask_that_cannot_be_stored_takes_the_picture_with_it(serve: Serve, mo
 
         monkeypatch.setattr(OutputStore, "put_input", full)
         body = {"prompt": "a cat", "image": uri(PNG), "mask_image": uri(saved(half_mask()))}
-        refusal(stack.client().post(PATH, json=body), 500)
+        refusal(stack.client().post(PATH, json=body), 503)
         assert len(calls) == 2
         assert inputs(stack) == []
         assert stack.store.queue_depth() == 0

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from impasto.api.waiting import PATIENCE
+from impasto.jobs.reading import JobReader
 from impasto.types import GenerationRequest, LoraRef
 
 from .conftest import MODEL, Stack, picture, read, refusal, submit
@@ -81,6 +82,7 @@ def test_every_value_reaches_the_job(stack: Stack, http: httpx.Client) -> None:
         output_format="webp",
         enable_base64_output=True,
         enable_safety_checker=False,
+        enable_metadata=False,
     )
     assert job_request(stack, data) == GenerationRequest(
         prompt="a cat",
@@ -94,7 +96,12 @@ def test_every_value_reaches_the_job(stack: Stack, http: httpx.Client) -> None:
         loras=(LoraRef("a/b", 0.5), LoraRef("c/d/e.safetensors", 1.0)),
     )
     job = stack.store.get(data["id"])
-    assert job.input["output"] == {"format": "webp", "base64": True, "safety_checker": False}
+    assert job.input["output"] == {
+        "format": "webp",
+        "base64": True,
+        "safety_checker": False,
+        "metadata": False,
+    }
     assert (job.seed, job.model, data["seed"]) == (9_999_999_999, MODEL, 9_999_999_999)
     assert job.input["as_sent"]["size"] == "768x512"
     assert job.input["as_sent"]["loras"][0] == {"path": "a/b", "scale": 0.5}
@@ -108,7 +115,12 @@ def test_nothing_but_a_prompt_means_the_documented_defaults(stack: Stack, http: 
     assert request == GenerationRequest(prompt="a cat", seed=request.seed)
     assert (request.width, request.num_inference_steps, request.guidance_scale) == (1024, 30, 5)
     assert request.negative_prompt is None
-    assert stack.store.get(data["id"]).input["output"] == {"format": "png", "base64": False, "safety_checker": True}
+    assert stack.store.get(data["id"]).input["output"] == {
+        "format": "png",
+        "base64": False,
+        "safety_checker": True,
+        "metadata": True,
+    }
 
 
 def test_each_model_has_its_own_defaults(stack: Stack, http: httpx.Client) -> None:
@@ -297,10 +309,10 @@ def test_sync_mode_at_its_limit_says_5004(serve: Serve) -> None:
 
 def test_a_dropped_sync_request_is_looked_after_no_more(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a client hangs up nobody looks at its row any more; test_sync.py has what becomes of its job."""
+    looks: list[float] = []
+    look = JobReader.read
+    monkeypatch.setattr(JobReader, "read", lambda *args: [looks.append(time.monotonic()), look(*args)][1])
     with serve() as stack:
-        looks: list[float] = []
-        get = stack.store.get
-        monkeypatch.setattr(stack.store, "get", lambda *args: [looks.append(time.monotonic()), get(*args)][1])
         with pytest.raises(httpx.ReadTimeout):
             stack.client().post(f"/api/v3/{MODEL}", json={"prompt": "a cat", "enable_sync_mode": True}, timeout=0.8)
         assert len(looks) >= 2

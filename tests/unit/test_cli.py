@@ -31,7 +31,21 @@ def impasto(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("worker",), ("generate",), ("keys",), ("keys", "create")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("serve",),
+        ("worker",),
+        ("generate",),
+        ("keys",),
+        ("keys", "create"),
+        ("keys", "limit"),
+        ("db",),
+        ("db", "backup"),
+        ("status",),
+    ],
+)
 def test_every_command_has_help(command):
     """``--help`` works everywhere and says something."""
     run = impasto(*command, "--help")
@@ -73,6 +87,36 @@ def test_keys_are_created_listed_and_revoked(tmp_path):
     assert key not in listed
     assert impasto("keys", "revoke", "phone", "--data-dir", tmp_path).returncode == 0
     assert "revoked" in impasto("keys", "list", "--data-dir", tmp_path).stdout
+
+
+def test_what_a_key_may_do_is_set_when_it_is_made_and_changed_later(tmp_path):
+    """Scopes, an end and limits show in the list; ``default`` gives a limit back to the settings."""
+    here = ("--data-dir", tmp_path)
+    options = ("--scope", "read", "--expires", "30d", "--rate", "60", "--daily", "2.5", "--weight", "2")
+    assert impasto("keys", "create", "phone", *options, *here).returncode == 0
+    listed = impasto("keys", "list", *here).stdout
+    assert "until 2" in listed
+    assert "60 a minute, 2.5 pictures a day, weight 2" in " ".join(listed.replace("│", " ").split())
+    assert " generate" not in listed
+    changed = impasto("keys", "limit", "phone", "--rate", "default", "--running", "0", *here)
+    assert "any running, 2.5 pictures a day, weight 2" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (("create", "x", "--expires", "soon"), "--expires must be a number and s, m, h, d or w"),
+        (("create", "x", "--scope", "admin"), "--scope must be one of generate, read, metrics"),
+        (("create", "x", "--rate", "-1"), "rate must be from 0"),
+        (("limit", "x"), "needs something to change"),
+        (("limit", "x", "--queued", "many"), "--queued must be a number or default"),
+    ],
+)
+def test_a_wrong_option_of_a_key_is_named(tmp_path, arguments, phrase):
+    """And nothing is made or changed."""
+    run = impasto("keys", *arguments, "--data-dir", tmp_path)
+    assert run.returncode == 2
+    assert phrase in run.stderr
 
 
 @pytest.mark.parametrize(

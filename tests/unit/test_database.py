@@ -17,6 +17,7 @@ from sqlalchemy import inspect, text
 from impasto.errors import ConfigError, Unavailable
 from impasto.jobs import database as module
 from impasto.jobs.database import MIGRATIONS, CommitCounter, open_database, reading, upgrade, writing
+from impasto.jobs.limits import KeyLimits
 from impasto.jobs.queries import DIALECTS, queries
 
 
@@ -164,7 +165,8 @@ def test_the_commit_counter_opens_again_after_it_was_closed(engine):
 
 
 def _add_key(db, name: str) -> None:
-    db.execute(queries(db.dialect.name)["create_key"], {"id": name, "name": name, "prefix": "", "secret_hash": name})
+    values = {"id": name, "name": name, "prefix": "", "secret_hash": name, "scopes": "read", "lifetime": None}
+    db.execute(queries(db.dialect.name)["create_key"], values | KeyLimits().to_row())
 
 
 def _names(engine) -> list[str]:
@@ -244,7 +246,7 @@ def test_processes_that_start_at_once_upgrade_once(tmp_path):
         errors = [process.communicate(timeout=60)[1] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], errors
         with sqlite.connect(path) as db:
-            assert db.execute("select version_num from alembic_version").fetchall() == [("0003",)]
+            assert db.execute("select version_num from alembic_version").fetchall() == [("0005",)]
         db.close()
 
 

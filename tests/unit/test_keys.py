@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import text
 
 from impasto.errors import InvalidInput, NotFound, Unauthorized
-from impasto.jobs.database import reading
-from impasto.jobs.keys import KeyStore
+from impasto.jobs.database import reading, writing
+from impasto.jobs.keys import KeyStore, Scope
+from impasto.jobs.limits import KeyLimits
 
 
 def test_a_new_key_is_64_hexadecimal_digits_and_opens_the_door(keys):
@@ -144,6 +145,24 @@ def test_any_tells_whether_a_key_can_be_used(keys):
     assert keys.any()
     keys.revoke("laptop")
     assert not keys.any()
+
+
+def test_a_key_has_all_scopes_unless_some_are_named(keys):
+    """In any order, and at least one."""
+    assert keys.authenticate(keys.create("all")).scopes == set(Scope)
+    some = keys.authenticate(keys.create("some", scopes=[Scope.METRICS, Scope.READ]))
+    assert some.scopes == {Scope.READ, Scope.METRICS}
+    with pytest.raises(InvalidInput, match="generate, read, metrics"):
+        keys.create("none", scopes=[])
+
+
+def test_a_key_from_before_there_were_scopes_may_do_everything(database, keys):
+    """An upgrade takes nothing away."""
+    with writing(database) as db:
+        columns = "insert into keys (id, name, prefix, secret_hash, created_at) values ('a', 'old', 'x', 'y', 1)"
+        db.execute(text(columns))
+    [old] = keys.list()
+    assert (old.scopes, old.limits, old.expires_at) == (set(Scope), KeyLimits(), None)
 
 
 def test_keys_made_by_another_process_work_at_once(keys, database):

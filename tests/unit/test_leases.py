@@ -156,3 +156,28 @@ def test_a_cancelled_job_whose_worker_died_is_cancelled(store, job_id, alice):
     store.cancel(job_id, alice)
     assert store.reap(3) == [job_id]
     assert store.get(job_id).status == "cancelled"
+
+
+def test_an_end_that_is_told_again_is_what_it_was(store, alice):
+    """The database may die between a commit and its answer: the worker says it once more and learns the truth.
+
+    So it never deletes the pictures of a job that is completed, nor the start pictures of one that runs again.
+    """
+    ids = [store.create(NewJob("builtin", {}, alice, seed=7), 10).id for _ in range(3)]
+    done, failed, released = (job.lease for job in store.claim("worker", 3, 30))
+    for _ in range(2):
+        assert store.complete(done, [FOX], {})
+        assert store.fail(failed, "no", "x")
+        assert store.release(released)
+    assert [store.get(id).status for id in ids] == ["completed", "failed", "created"]
+    assert not store.fail(done, "no", "x") and not store.complete(failed, [FOX], {})
+    [again] = store.claim("worker", 1, 30)
+    assert store.release(released), "what it did is still true"
+    assert store.get(again.id).status == "processing"
+
+
+def test_a_cancel_that_came_first_is_told_again_as_no(store, job_id, alice):
+    """The result stays unseen, however often it is sent."""
+    lease = claim(store)
+    store.cancel(job_id, alice)
+    assert [store.complete(lease, [FOX], {}) for _ in range(2)] == [False, False]

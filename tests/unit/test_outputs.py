@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from obstore.exceptions import AlreadyExistsError
 
-from impasto.errors import NotFound
+from impasto.errors import NotFound, Unavailable
 from impasto.jobs import outputs as module
 from impasto.jobs.outputs import CHUNK_BYTES, EXTENSIONS, OutputStore, content_type_of
 
@@ -68,7 +67,7 @@ def test_a_file_is_never_written_over(outputs, monkeypatch):
     """Even if the random part came out the same, the first picture stays."""
     monkeypatch.setattr(module.secrets, "token_hex", lambda n: "a" * 2 * n)
     blob = outputs.put(JOB, 1, 0, b"first", "image/png")
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(Unavailable):
         outputs.put(JOB, 1, 0, b"second", "image/png")
     assert outputs.get(blob) == b"first"
 
@@ -102,7 +101,7 @@ def test_a_start_picture_is_never_written_over(outputs, monkeypatch):
     """Even if the key came out the same."""
     monkeypatch.setattr(module.secrets, "token_hex", lambda n: "a" * 2 * n)
     key = outputs.put_input(b"first")
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(Unavailable):
         outputs.put_input(b"second")
     assert outputs.get_input(key) == b"first"
 

@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 
 from fastapi import Request
 
-from impasto.errors import InvalidInput, PayloadTooLarge
+from impasto.errors import BadRequest, InvalidInput, PayloadTooLarge
 
 WHOLE_BODY = ""  # the JSON pointer of the document itself
+# Between values stand commas. No request has nearly so many values, and each takes a hundred times its bytes in memory.
+MAX_COMMAS = 200_000
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -26,7 +28,11 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     Raises:
         PayloadTooLarge: The body is longer than ``limit`` bytes.
+        BadRequest: The body is packed; what it unpacks to could be anything.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise BadRequest(f"the header Content-Encoding: {encoding[:40]!r} is not taken; send the body unpacked")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit)
@@ -44,6 +50,8 @@ def parse_object(body: bytes, content_type: str = "") -> dict[str, Any]:
     Raises:
         InvalidInput: Not JSON, JSON with NaN or infinity, or not an object; the position is in the message.
     """
+    if body.count(b",") > MAX_COMMAS:
+        raise InvalidInput(WHOLE_BODY, f"has more than {MAX_COMMAS} commas, and thus values")
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -19,7 +19,10 @@ from impasto.jobs.sweeping import Sweeper
 @contextlib.asynccontextmanager
 async def cleaning(service: Service) -> AsyncIterator[None]:
     """Sweep for as long as the block runs; a sweep under way at its end is finished in its thread."""
-    sweeper = Sweeper(service.history, service.uploads, output_seconds=service.settings.output_seconds)
+    kept = service.settings
+    sweeper = Sweeper(
+        service.history, service.uploads, output_seconds=kept.output_seconds, keep_seconds=kept.keep_seconds
+    )
     task = asyncio.create_task(_sweeping(sweeper, service))
     try:
         yield

@@ -26,6 +26,7 @@ from impasto.api.view import Links, prediction
 from impasto.config import Settings
 from impasto.errors import NotFound, Unavailable
 from impasto.fetch.addresses import Policy
+from impasto.fetch.allowed import Hosts
 from impasto.fetch.failure import FetchFailed
 from impasto.fetch.guard import Clock
 from impasto.fetch.post import Poster
@@ -101,6 +102,7 @@ def poster_of(settings: Settings) -> Poster | None:
         allow_http=settings.webhook_http,
         ports=settings.webhook_ports,
         setting="webhook_allow",
+        only=Hosts.of(settings.webhook_hosts, "webhook_hosts"),
     )
     return Poster(policy)
 

@@ -15,7 +15,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from impasto.api.headers import SECURITY_HEADERS
 from impasto.errors import FieldError, ImpastoError, RetryLater, Unauthorized
+from impasto.logs import told
 
 log = logging.getLogger(__name__)
 
@@ -75,4 +77,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _unexpected(request: Request, error: Exception) -> Response:
     """A fault of ours: the details go to the log (the server writes the trace), never to the client."""
     log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
-    return error_response(500, "internal error; the log of the service has the details")
+    headers = dict(SECURITY_HEADERS)  # this answer is made outside of what adds them, and the next
+    if request_id := told().get("request_id"):
+        headers["X-Request-Id"] = request_id
+    return error_response(500, "internal error; the log of the service has the details", headers)

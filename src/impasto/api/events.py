@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
@@ -22,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from impasto.api.auth import CallerDep
 from impasto.api.listening import Listener
 from impasto.api.models import VERSIONS
+from impasto.api.patience import patiently
 from impasto.api.schemas import responses
 from impasto.api.service import Service, ServiceDep
 from impasto.api.view import Links, prediction
@@ -117,7 +119,8 @@ async def events(
     last_event_id: Annotated[str | None, Header(description="The last id that the client was told.")] = None,
 ) -> Response:
     """Follow the prediction; another key's is "not found". 204 if the client knows its end already."""
-    job, glance = await run_in_threadpool(_found, prediction_id, key.id, service)
+    find = partial(run_in_threadpool, _found, prediction_id, key.id, service)
+    job, glance = await patiently(service.settings.database_patience, find)
     if glance.ended and last_event_id == str(glance.seq):
         return Response(status_code=ALL_TOLD)
     return EventStream(job, service, Links.of(request, service), last_event_id)

@@ -24,8 +24,9 @@ from impasto.api.service import Service, ServiceDep
 from impasto.api.view import Links, answer, enveloped, prediction
 from impasto.errors import InvalidInput, NotFound
 from impasto.jobs.history import Wanted
-from impasto.jobs.records import Job
+from impasto.jobs.records import Job, is_job_id
 from impasto.jobs.states import Status
+from impasto.logs import note
 from impasto.types import Bounds
 
 MAX_IDS: Final = 1000  # deleted at once
@@ -105,6 +106,7 @@ async def deleted(request: Request, service: ServiceDep, key: CallerDep) -> Resp
     for index, job_id in enumerate(ids):
         if not isinstance(job_id, str):
             raise InvalidInput(f"ids.{index}", f"must be a string, got {shown(job_id)}")
+    note(prediction_ids=[job_id for job_id in ids if is_job_id(job_id)])
     count = await run_in_threadpool(service.history.delete, key.id, ids)
     return enveloped(Success[Deleted](data=Deleted(deleted_count=count)))
 

@@ -10,12 +10,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
+from impasto.api.patience import patiently
 from impasto.api.service import Service
+from impasto.errors import Unavailable
 from impasto.jobs.records import Job
 from impasto.jobs.states import TERMINAL
 
@@ -59,13 +62,18 @@ async def finished(service: Service, job: Job, hang_up: HangUp, seconds: float |
     """Return the job once it has ended, or as it is at the end of the wait or when the service stops.
 
     ``None`` if the client hung up: a job that had not begun is withdrawn then; one that began goes on. The wait is
-    ``seconds``, or the setting ``sync_timeout``.
+    ``seconds``, or the setting ``sync_timeout``. Where the database is away for longer than a poll would wait for it,
+    the job is returned as it was: it is accepted, and its client must learn where to read it.
     """
-    deadline = time.monotonic() + (service.settings.sync_timeout if seconds is None else seconds)
+    settings, read = service.settings, partial(service.reads.get, job.id, job.key_id)
+    deadline = time.monotonic() + (settings.sync_timeout if seconds is None else seconds)
     try:
         while True:
             watch = service.changes.watch()
-            job = await run_in_threadpool(service.store.get, job.id, job.key_id)
+            try:
+                job = await patiently(settings.database_patience, read)
+            except Unavailable:
+                return job
             if hang_up.done():
                 await run_in_threadpool(service.store.drop, job.id)
                 return None

@@ -11,17 +11,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from anyio import to_thread
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 
 from impasto.api.body import fingerprint
 from impasto.api.hold import HangUp, twin_settled
+from impasto.api.limits import storing
 from impasto.api.models import ServedModel
 from impasto.api.service import Service
 from impasto.api.submission import Submission
 from impasto.api.webhooks import NO_BASE64, Webhook
-from impasto.errors import BadRequest
+from impasto.audit import hashed
+from impasto.errors import BadRequest, Unavailable
 from impasto.jobs.records import Job, NewJob
+from impasto.logs import note
 
 MAX_KEY_CHARS: Final = 255
 
@@ -61,6 +64,11 @@ class Draft:
         """Whether the client waits for the job's end."""
         return self.submission.sync
 
+    @property
+    def lora_names(self) -> list[str]:
+        """The LoRAs it asks for, as it names them."""
+        return [lora.path for lora in self.submission.to_request().loras]
+
     def to_job(self, key_id: str, pictures: Mapping[str, str]) -> NewJob:
         """Return the row for the store."""
         job = self.submission.to_job(key_id, pictures)
@@ -94,14 +102,17 @@ async def accepted(draft: Draft, service: Service, key_id: str, hang_up: HangUp)
     Raises:
         InvalidInput: A picture cannot be fetched.
         Conflict: The idempotency key belongs to another request.
-        TooManyRequests: The key's queue is full.
+        TooManyRequests: The key is over one of its limits.
+        BadRequest: It is more than the key may have in a whole day.
+        Unavailable: The server has no room, or its database is away; nothing was kept.
     """
+    service.disk.check()
     pictures = await service.pictures.fetched(draft.submission.pictures)
     if draft.sync:
         await twin_settled(service, key_id, draft.body_hash)
         if hang_up.done():
             return None
-    return await run_in_threadpool(_create, draft, pictures, key_id, service)
+    return await to_thread.run_sync(_create, draft, pictures, key_id, service, limiter=service.writers)
 
 
 def _create(draft: Draft, pictures: Mapping[str, bytes], key_id: str, service: Service) -> Job:
@@ -110,11 +121,17 @@ def _create(draft: Draft, pictures: Mapping[str, bytes], key_id: str, service: S
     The files are there before the row that names them, and go again if no row comes to name them.
     """
     stored: dict[str, str] = {}
-    with ExitStack() as undo:
+    with ExitStack() as undo, storing():
         for name, png in pictures.items():
             stored[name] = service.outputs.put_input(png)
             undo.callback(service.outputs.delete, [stored[name]])
-        job = service.store.create(draft.to_job(key_id, stored), service.settings.max_queued)
+        new = draft.to_job(key_id, stored)
+        try:
+            job = service.store.create(new, service.settings.max_queued, service.limits)
+        except Unavailable:  # it may have come into the store all the same, and a sweep knows whether it did
+            undo.pop_all()
+            raise
         if job.input.get("pictures") == stored:
             undo.pop_all()
+    note(prediction_id=job.id, cost=round(new.cost, 3), loras=hashed(draft.lora_names))
     return job

@@ -145,6 +145,11 @@ def _extras(ranges: Ranges) -> Iterable[Field]:
         ),
         Number("lora_scale", "Scale of the LoRAs that name none of their own.", LIMITS.lora_scale),
         Flag(
+            "enable_metadata",
+            "Write prompt, seed and parameters into the pictures' files, where the server does so at all.",
+            default=True,
+        ),
+        Flag(
             "apply_watermark",
             "Taken for compatibility and ignored: no watermark is put into pictures.",
             hidden=True,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, Final
 
 from anyio import to_thread
@@ -22,7 +24,7 @@ from impasto.api.body import parse_object, read_body
 from impasto.api.hold import finished, listening
 from impasto.api.intake import Draft, accepted, idempotency_key
 from impasto.api.openai_answer import Answers
-from impasto.api.openai_body import is_multipart, read_multipart
+from impasto.api.openai_body import Multipart, is_multipart, read_multipart
 from impasto.api.openai_errors import GONE, OpenAIRoute
 from impasto.api.openai_form import (
     ImageForm,
@@ -69,48 +71,64 @@ def router() -> APIRouter:
 
 async def generations(request: Request, service: ServiceDep, key: CallerDep) -> Response:
     """Make pictures from a prompt."""
-    body = await read_body(request, service.settings.max_body_bytes)
-    return await _made(request, service, key, "image_generation", lambda: ImageForm.read(parse_object(body)))
+
+    async def form() -> ImageForm:
+        body = await read_body(request, service.settings.max_body_bytes)
+        return await to_thread.run_sync(lambda: ImageForm.read(parse_object(body)), limiter=service.readers)
+
+    return await _made(request, service, key, "image_generation", form)
 
 
 async def edits(request: Request, service: ServiceDep, key: CallerDep) -> Response:
     """Draw over a picture, or only where the mask is transparent."""
     if not is_multipart(request):
         raise InvalidInput("", "not a form: send multipart/form-data, with the picture as the file image")
-    parts = await read_multipart(request, service.settings.max_body_bytes)
 
-    def read() -> ImageForm:
-        given, pictures, masks = from_form(parts.texts), parts.pictures("image"), parts.pictures("mask")
-        if not pictures:
-            raise InvalidInput("image", 'property "image" is missing')
-        if len(pictures) > 1:
-            raise InvalidInput("image", f"takes one picture, got {len(pictures)}")
-        if parts.pictures("markup"):
-            given["markup"] = True
-        size = str(given.get("size") or "auto").strip().lower()
-        given |= start_picture(pictures[0], sized=size != "auto")
-        if masks:
-            given["mask"] = painted_mask(masks[0])
-        return ImageForm.read(given)
+    async def form() -> ImageForm:
+        parts = await read_multipart(request, service.settings.max_body_bytes)
+        return await to_thread.run_sync(_edit_form, parts, limiter=service.readers)
 
-    return await _made(request, service, key, "image_edit", read)
+    return await _made(request, service, key, "image_edit", form)
 
 
-async def _made(request: Request, service: Service, key: Key, kind: str, read: Callable[[], ImageForm]) -> Response:
+def _edit_form(parts: Multipart) -> ImageForm:
+    """Turn a form's parts into the words of the model's form; in a thread, because pictures are decoded."""
+    given, pictures, masks = from_form(parts.texts), parts.pictures("image"), parts.pictures("mask")
+    if not pictures:
+        raise InvalidInput("image", 'property "image" is missing')
+    if len(pictures) > 1:
+        raise InvalidInput("image", f"takes one picture, got {len(pictures)}")
+    if parts.pictures("markup"):
+        given["markup"] = True
+    size = str(given.get("size") or "auto").strip().lower()
+    given |= start_picture(pictures[0], sized=size != "auto")
+    if masks:
+        given["mask"] = painted_mask(masks[0])
+    return ImageForm.read(given)
+
+
+async def _made(
+    request: Request, service: Service, key: Key, kind: str, read: Callable[[], Awaitable[ImageForm]]
+) -> Response:
     """Read the request, have its pictures made, and answer with them, or with events of type ``kind``."""
-    form = await to_thread.run_sync(read, limiter=service.readers)
-    answers, repeat = Answers(form, service, Links.of(request, service)), idempotency_key(request)
-    ends = time.monotonic() + service.settings.openai_timeout
-    try:
-        draft = await to_thread.run_sync(
-            Draft.read, form.name.model, form.fields, service, repeat, limiter=service.readers
-        )
-        async with listening(request) as hang_up:
-            job = await accepted(draft, service, key.id, hang_up)
-            if job is not None and not form.stream:
-                job = await finished(service, job, hang_up, ends - time.monotonic())
-    except FieldError as error:
-        raise form.blamed(error) from None
+    async with AsyncExitStack() as room:
+        await room.enter_async_context(service.bodies.taken(request))
+        form, repeat = await read(), idempotency_key(request)
+        ends = time.monotonic() + service.settings.openai_timeout
+        try:
+            draft = await to_thread.run_sync(
+                Draft.read, form.name.model, form.fields, service, repeat, limiter=service.readers
+            )
+            form = replace(form, fields={})  # the draft has them; a held request holds no memory for pictures
+            answers = Answers(form, service, Links.of(request, service))
+            async with listening(request) as hang_up:
+                job = await accepted(draft, service, key.id, hang_up)
+                del draft
+                await room.aclose()
+                if job is not None and not form.stream:
+                    job = await finished(service, job, hang_up, ends - time.monotonic())
+        except FieldError as error:
+            raise form.blamed(error) from None
     if job is None:
         return Response(status_code=GONE)
     if form.stream:

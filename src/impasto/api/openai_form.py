@@ -17,7 +17,7 @@ import pybase64
 from impasto.api.fields import Flag, Integer, Loras, Number, shown
 from impasto.api.models import ALIASES, MODELS, ServedModel
 from impasto.api.openai_errors import ModelNotFound
-from impasto.api.pictures import ROOM
+from impasto.api.room import ROOM
 from impasto.errors import FieldError, InvalidInput
 
 SHORT_NAMES: Final = {"sdxl": "wavespeed-ai/sdxl-lora", "sdxl-lora": "wavespeed-ai/sdxl-lora"}
@@ -201,7 +201,7 @@ def start_picture(data: bytes, *, sized: bool) -> dict[str, Any]:
     if not sized:
         from impasto.images import natural_size, read_picture
 
-        with ROOM:
+        with ROOM.taken(data, "image"):
             width, height = natural_size(read_picture(data, "image"))
         fields["size"] = f"{width}*{height}"
     return fields
@@ -217,7 +217,7 @@ def painted_mask(data: bytes) -> str:
 
     from impasto.images import encode_png, read_picture
 
-    with ROOM:
+    with ROOM.taken(data, "mask"):
         mask = read_picture(data, "mask")
         if mask.mode != "RGBA":
             raise InvalidInput("mask", "has no transparent part: transparent is what is painted, opaque is kept")

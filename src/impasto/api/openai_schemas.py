@@ -72,7 +72,7 @@ _MEANING: Final = {
     401: "No key, or an unknown one.",
     404: "No such model.",
     413: "The body is too large.",
-    429: "Too many of this key's jobs are waiting; see Retry-After.",
+    429: "This key is over one of its limits; see Retry-After.",
     504: "The pictures were not made in time.",
 }
 

@@ -8,16 +8,17 @@ without it.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from anyio import CapacityLimiter, to_thread
 
+from impasto.api.room import ROOM
 from impasto.config import Settings
 from impasto.errors import InvalidInput, MediaError, NotFound
 from impasto.fetch.addresses import Policy
+from impasto.fetch.allowed import Hosts
 from impasto.fetch.client import Client
 from impasto.fetch.failure import FetchFailed
 from impasto.fetch.guard import Clock
@@ -26,8 +27,6 @@ from impasto.jobs.uploads import Upload, UploadStore
 
 FETCH_SECONDS: Final = 10.0  # for one picture
 FETCHES: Final = 8  # at once; more wait their turn without a thread
-# A picture of the largest size takes hundreds of megabytes while it is decoded, whatever its file has.
-ROOM: Final = threading.BoundedSemaphore(2)
 _URL: Final = re.compile(r"\s*https?:", re.IGNORECASE)
 _OUTPUT: Final = re.compile(r"(?:https?://[^?#]*)?/outputs/(?P<blob>[0-9a-f]{32}/[\w-]+/\w+\.\w+)(?:[?#].*)?")
 _UPLOAD: Final = re.compile(r"(?:https?://[^?#]*)?/uploads/(?P<id>[0-9a-f]{32})\.\w+(?:[?#].*)?")
@@ -74,7 +73,12 @@ class PictureSource:
     @classmethod
     def of(cls, settings: Settings, outputs: OutputStore, uploads: UploadStore | None = None) -> PictureSource:
         """Build the source that the settings describe."""
-        policy = Policy.of(settings.fetch_allow, allow_http=settings.fetch_http, ports=settings.fetch_ports)
+        policy = Policy.of(
+            settings.fetch_allow,
+            allow_http=settings.fetch_http,
+            ports=settings.fetch_ports,
+            only=Hosts.of(settings.fetch_hosts, "fetch_hosts"),
+        )
         return cls(outputs, None if settings.offline else Client(policy), uploads)
 
     async def fetched(self, pictures: Mapping[str, bytes | PictureAt]) -> dict[str, bytes]:
@@ -162,6 +166,6 @@ def _png(data: bytes, path: str, mask: bool) -> bytes:
     """Read a picture's file and encode it anew."""
     from impasto.images import encode_png, mask_of, read_picture
 
-    with ROOM:
+    with ROOM.taken(data, path):
         image = read_picture(data, path)
         return encode_png(mask_of(image) if mask else image)

@@ -7,6 +7,7 @@ up at the first refusal of a poll.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
@@ -16,11 +17,10 @@ from fastapi.responses import Response
 from impasto.api.auth import CallerDep
 from impasto.api.hold import listening
 from impasto.api.models import VERSIONS
+from impasto.api.patience import patiently
 from impasto.api.schemas import Envelope, responses
-from impasto.api.service import Service, ServiceDep
-from impasto.api.view import Links, answer
-from impasto.errors import NotFound
-from impasto.jobs.records import Job, is_job_id
+from impasto.api.service import ServiceDep
+from impasto.api.view import Links, answer, reads_files
 from impasto.jobs.states import TERMINAL
 
 MAX_WAIT: Final = 60  # seconds
@@ -32,27 +32,14 @@ Wait = Annotated[
 
 async def result(prediction_id: str, request: Request, service: ServiceDep, key: CallerDep, wait: Wait = 0) -> Response:
     """Return the prediction, at its end or after ``wait``; another key's is "not found", like one that never was."""
-    links = Links.of(request, service)
-
-    def read() -> tuple[Job, Response]:
-        job = _found(prediction_id, key.id, service)
-        return job, answer(job, service, links)
-
-    job, shown = await run_in_threadpool(read)
+    links, patience = Links.of(request, service), service.settings.database_patience
+    read = partial(service.reads.get, prediction_id, key.id)
+    job = await patiently(patience, read)
     if wait and job.status not in TERMINAL:
         async with listening(request) as hang_up:
             await service.listeners.ended(job.id, wait, hang_up)
-        _, shown = await run_in_threadpool(read)
-    return shown
-
-
-def _found(prediction_id: str, key_id: str, service: Service) -> Job:
-    if not is_job_id(prediction_id):
-        raise NotFound("no such prediction")
-    try:
-        return service.store.get(prediction_id, key_id)
-    except NotFound:
-        raise NotFound("no such prediction") from None
+        job = await patiently(patience, read)
+    return await run_in_threadpool(answer, job, service, links) if reads_files(job) else answer(job, service, links)
 
 
 def router() -> APIRouter:

@@ -75,7 +75,12 @@ class Prediction(Wire):
     timings: dict[str, int] = Field(description="Milliseconds; `inference` is always there.")
     seed: int = Field(description="The seed in use, also when the request left it to us.")
     progress: Steps | None = Field(None, description="Only while processing.")
+    queue_position: int | None = Field(None, description="Only while it waits, where known: 1 is next.")
+    estimated_seconds: int | None = Field(None, description="Until it begins, roughly; only while it waits.")
     loras: list[AppliedLora] | None = Field(None, description="What became of each LoRA; only when completed with any.")
+    reproduce: dict[str, Any] | None = Field(
+        None, description="What it takes to make it again: parameters, hashes, versions; only when completed."
+    )
     expired_at: str | None = Field(None, description="When its pictures were deleted; then `outputs` is empty.")
     code: int | None = Field(None, description="Why it failed (1401, 1402, 1403, 1405), or 5004: a wait ran out.")
 
@@ -117,5 +122,6 @@ _MEANING: Final = {
     404: "No such thing, or not yours.",
     409: "The idempotency key was used for another request.",
     413: "The body is too large.",
-    429: "Too many of this key's jobs are waiting; see Retry-After.",
+    403: "The key lacks the scope that this needs.",
+    429: "This key is over one of its limits; see Retry-After.",
 }

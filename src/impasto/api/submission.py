@@ -117,6 +117,7 @@ class Submission:
                     "format": values["output_format"],
                     "base64": values["enable_base64_output"],
                     "safety_checker": values["enable_safety_checker"] and not values["disable_safety_checker"],
+                    "metadata": values["enable_metadata"],
                 },
                 "as_sent": dict(self.as_sent),
             },

@@ -21,6 +21,7 @@ from impasto.api.auth import CallerDep
 from impasto.api.body import parse_object, read_body
 from impasto.api.fields import shown
 from impasto.api.incoming import FIELD, FormFile, check_announced, spooled
+from impasto.api.limits import storing
 from impasto.api.models import VERSIONS
 from impasto.api.schemas import responses
 from impasto.api.service import Service, ServiceDep
@@ -97,6 +98,7 @@ _FORM_BODY: Final[dict[str, Any]] = {
 
 async def announce(request: Request, service: ServiceDep, key: CallerDep) -> TicketEnvelope:
     """Say that a file will be sent, and learn where to."""
+    service.disk.check()
     body = await read_body(request, service.settings.max_body_bytes)
     fields = parse_object(body, request.headers.get("content-type", ""))
     filename, size, claimed = _filename(fields), _size(fields, service.settings.max_upload_bytes), _claimed(fields)
@@ -126,20 +128,30 @@ async def receive(
     most = service.settings.max_upload_bytes
     limit = min(announced.size or most, most)
     check_announced(request, limit)
-    async with spooled(request.stream(), service.settings.incoming_dir, limit) as file:
-        content_type = await _checked(file, announced.filename, service)
-        upload = await run_in_threadpool(service.uploads.receive, announced, file, content_type)
+    service.disk.check(_announced_bytes(request))
+    with storing():
+        async with spooled(request.stream(), service.settings.incoming_dir, limit) as file:
+            content_type = await _checked(file, announced.filename, service)
+            upload = await run_in_threadpool(service.uploads.receive, announced, file, content_type)
     return _done(upload, Links.of(request, service))
 
 
 async def take_form(request: Request, service: ServiceDep, key: CallerDep) -> UploadedEnvelope:
     """Take a file from a form's field `file`."""
     form, limit = FormFile(request), service.settings.max_upload_bytes
-    async with spooled(form.chunks(limit), service.settings.incoming_dir, limit) as file:
-        filename = _plain(form.filename)
-        content_type = await _checked(file, filename, service)
-        upload = await run_in_threadpool(service.uploads.add, key.id, filename, file, content_type)
+    service.disk.check(min(_announced_bytes(request), limit))
+    with storing():
+        async with spooled(form.chunks(limit), service.settings.incoming_dir, limit) as file:
+            filename = _plain(form.filename)
+            content_type = await _checked(file, filename, service)
+            upload = await run_in_threadpool(service.uploads.add, key.id, filename, file, content_type)
     return _done(upload, Links.of(request, service))
+
+
+def _announced_bytes(request: Request) -> int:
+    """Return the length that a body is said to have; 0 if that is not said."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
 def address(links: Links, upload_id: str, ending: str) -> str:

@@ -93,6 +93,7 @@ def prediction(job: Job, service: Service, links: Links, *, as_urls: bool = Fals
     """
     status = public_status(job)
     outputs = () if job.expired_at else job.outputs
+    place = service.reports.line.place(job.id) if status == "created" else None
     return Prediction(
         id=job.id,
         model=job.model,
@@ -106,15 +107,23 @@ def prediction(job: Job, service: Service, links: Links, *, as_urls: bool = Fals
         timings={"inference": 0} | {name: int(value) for name, value in job.timings.items()},
         seed=job.seed,
         loras=[AppliedLora.model_validate(report) for report in job.loras] or None,
+        reproduce=_reproduce(job),
         progress=_steps(job.progress) if status == "processing" else None,
+        queue_position=place.position if place else None,
+        estimated_seconds=place.seconds if place else None,
         expired_at=_timestamp(job.expired_at) if job.expired_at and job.outputs else None,
         code=_code(job) if status == "failed" else None,
     )
 
 
+def reads_files(job: Job) -> bool:
+    """Whether the answer holds pictures, so that making it belongs in a thread."""
+    return bool(job.outputs and not job.expired_at and job.input["output"]["base64"])
+
+
 def answer(job: Job, service: Service, links: Links) -> Response:
-    """Return the job as a success; in a thread, see above."""
-    if not job.outputs or job.expired_at or not job.input["output"]["base64"]:
+    """Return the job as a success; in a thread if it ``reads_files``."""
+    if not reads_files(job):
         return success(prediction(job, service, links))
     key = (job.id, links.base, links.version)
     return _json(service.finished.get(key, lambda: _with_base64(job, service, links)))
@@ -155,6 +164,15 @@ def _output(blob: str, job: Job, service: Service, links: Links, as_urls: bool) 
     if job.input["output"]["base64"] and not as_urls:
         return pybase64.b64encode_as_string(service.outputs.get(blob))
     return links.output(blob)
+
+
+def _reproduce(job: Job) -> dict[str, Any] | None:
+    """Return the worker's record with what was asked for; LoRAs stand in the record, and pictures by their hashes."""
+    made = next((output.made for output in job.outputs if output.made), None)
+    if made is None:
+        return None
+    asked = {name: value for name, value in job.input["request"].items() if name not in ("loras", "seed")}
+    return {**made, "request": asked, "seeds": [output.seed for output in job.outputs]}
 
 
 def _error(job: Job) -> str:

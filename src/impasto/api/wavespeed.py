@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
@@ -87,19 +88,27 @@ def _submit_to(model: ServedModel) -> Endpoint:
 
 async def _submit(model: ServedModel, request: Request, service: Service, key: Key) -> Response:
     repeat, links = idempotency_key(request), Links.of(request, service)
-    body = await read_body(request, service.settings.max_body_bytes)
 
-    def read() -> Draft:
-        fields = parse_object(body, request.headers.get("content-type", ""))
-        webhook = Webhook.read(request.url.query, fields, links, service)
-        return Draft.read(model, fields, service, repeat, webhook)
+    async def drafted() -> Draft:
+        body = await read_body(request, service.settings.max_body_bytes)
 
-    draft = await to_thread.run_sync(read, limiter=service.readers)
-    async with listening(request) as hang_up:
-        job = await accepted(draft, service, key.id, hang_up)
-        if job is None:
-            return Response(status_code=GONE)
-        return await (_held if draft.sync else _at_once)(service, job, links, hang_up)
+        def read() -> Draft:
+            fields = parse_object(body, request.headers.get("content-type", ""))
+            webhook = Webhook.read(request.url.query, fields, links, service)
+            return Draft.read(model, fields, service, repeat, webhook)
+
+        return await to_thread.run_sync(read, limiter=service.readers)
+
+    async with AsyncExitStack() as room:
+        await room.enter_async_context(service.bodies.taken(request))
+        draft = await drafted()
+        async with listening(request) as hang_up:
+            job, sync = await accepted(draft, service, key.id, hang_up), draft.sync
+            del draft  # its pictures are files now, and a held request holds no memory for them
+            await room.aclose()
+            if job is None:
+                return Response(status_code=GONE)
+            return await (_held if sync else _at_once)(service, job, links, hang_up)
 
 
 async def _at_once(service: Service, job: Job, links: Links, hang_up: HangUp) -> Response:

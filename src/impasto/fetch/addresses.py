@@ -17,6 +17,7 @@ from typing import Final
 import httpx
 
 from impasto.errors import ConfigError
+from impasto.fetch.allowed import Hosts
 from impasto.fetch.failure import FetchFailed
 
 Address = IPv4Address | IPv6Address
@@ -64,6 +65,7 @@ class Policy:
         origins: Scheme, host and port of the operator's own sites, dialled whatever the rest says.
         allow_http: Whether plain http is fetched, too.
         ports: Ports that are dialled.
+        only: The only hosts that are dialled, beside the operator's own sites and where those lead; ``None``: any.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -71,6 +73,7 @@ class Policy:
     origins: frozenset[Origin] = frozenset()
     allow_http: bool = False
     ports: frozenset[int] = DEFAULT_PORTS
+    only: Hosts | None = None
 
     @classmethod
     def of(
@@ -81,6 +84,7 @@ class Policy:
         ports: Iterable[int] = DEFAULT_PORTS,
         endpoints: Iterable[str] = (),
         setting: str = "fetch_allow",
+        only: Hosts | None = None,
     ) -> Policy:
         """Read an operator's words: ``allow`` has host names, addresses and blocks; ``endpoints`` are base URLs.
 
@@ -94,10 +98,14 @@ class Policy:
             except ValueError:
                 hosts.add(_host_name(entry, setting))
         origins = frozenset(origin_of(httpx.URL(endpoint)) for endpoint in endpoints)
-        return cls(frozenset(hosts), tuple(networks), origins, allow_http, frozenset(ports))
+        return cls(frozenset(hosts), tuple(networks), origins, allow_http, frozenset(ports), only)
 
-    def read_url(self, text: str) -> httpx.URL:
+    def read_url(self, text: str, *, from_own_site: bool = False) -> httpx.URL:
         """Parse an address and check what can be checked without a network.
+
+        Args:
+            text: As somebody wrote it.
+            from_own_site: Whether one of ``origins`` led here, so that ``only`` does not count.
 
         Raises:
             FetchFailed: Not an address that is fetched here; the message says what would be.
@@ -112,6 +120,8 @@ class Policy:
             raise FetchFailed("address", "has a user name in it: give the address without one")
         if origin_of(url) not in self.origins:
             self._check_open(url)
+            if self.only is not None and not from_own_site and not self.only.has(url.raw_host.decode("ascii")):
+                raise FetchFailed("address", "is not on this server's list of hosts: give another, or ask its operator")
         return url
 
     def permits(self, host: str, port: int, address: Address) -> bool:
@@ -125,9 +135,10 @@ class Policy:
         schemes = ("https", "http") if self.allow_http else ("https",)
         if url.scheme not in schemes:
             raise FetchFailed("address", f"must be {' or '.join(schemes)}, and nothing else is fetched")
-        if origin_of(url)[2] not in self.ports:
+        port = origin_of(url)[2]
+        if port not in self.ports:
             ports = ", ".join(map(str, sorted(self.ports)))
-            raise FetchFailed("address", f"has port {url.port}, and only {ports} are dialled")
+            raise FetchFailed("address", f"has port {port}, and only {ports} are dialled")
 
 
 def origin_of(url: httpx.URL) -> Origin:

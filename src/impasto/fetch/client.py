@@ -144,6 +144,7 @@ class Client:
             FetchFailed: No answer, or not an address that may be fetched.
         """
         target, first = self._policy.read_url(url), None
+        own = origin_of(target) in self._policy.origins
         with ExitStack() as closing:
             backend = PinnedBackend(self._policy, clock, self._resolver)
             pool = closing.enter_context(
@@ -158,7 +159,7 @@ class Client:
                 if response.status not in _REDIRECTS:
                     yield Answer(response, first, max_bytes, clock)
                     return
-                target = self._next(target, _headers(response).get("location", ""))
+                target = self._next(target, _headers(response).get("location", ""), own)
                 hop.close()
             raise FetchFailed("status", f"redirects more than {MAX_REDIRECTS} times: give the final address")
 
@@ -178,9 +179,9 @@ class Client:
         except (ValueError, RecursionError):
             raise FetchFailed("broken", "got an answer that is no JSON from the site: try again later") from None
 
-    def _next(self, target: httpx.URL, location: str) -> httpx.URL:
+    def _next(self, target: httpx.URL, location: str, own: bool) -> httpx.URL:
         try:
-            return self._policy.read_url(str(target.join(location)))
+            return self._policy.read_url(str(target.join(location)), from_own_site=own)
         except (httpx.InvalidURL, ValueError):
             raise unreachable() from None
         except FetchFailed as failure:

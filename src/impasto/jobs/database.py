@@ -5,6 +5,7 @@ Knows SQLite's and PostgreSQL's switches, transactions and migrations. Knows not
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,14 @@ MIGRATIONS: Final = Path(__file__).parent / "migrations"
 BUSY_SECONDS: Final = 15.0  # how long a writer waits for SQLite's one write lock
 SAFE_SQLITE: Final = (3, 51, 3)  # older ones can corrupt a WAL file that several processes write (walresetbug)
 UPGRADE_LOCK: Final = 0x1A9A570  # PostgreSQL advisory lock: one process migrates, the others wait
+CONNECT_SECONDS: Final = 5  # in which PostgreSQL must take a connection; also ``?connect_timeout=`` in its URL
+AWAY_SECONDS: Final = 1.0  # between looks for a database that is not there yet
+# Kept open once they were needed: those beyond ``pool_size`` would be opened and closed again for each poll of a busy
+# service, at several times what the poll costs.
+_POOL: Final[dict[str, Any]] = {"pool_size": 32, "max_overflow": 0}
 _BEGIN: Final = "sqlite_begin"  # execution option that chooses how a transaction starts
+
+log = logging.getLogger(__name__)
 
 
 def open_database(url: str) -> Engine:
@@ -48,8 +56,11 @@ def open_database(url: str) -> Engine:
 
 
 def _open_postgresql(url: URL) -> Engine:
+    # By default a host that says nothing is waited for without end, and its callers hold threads meanwhile.
+    timeout = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+    url = url.set(drivername="postgresql+psycopg")
     try:
-        return create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, max_overflow=20)
+        return create_engine(url, pool_pre_ping=True, connect_args=timeout, **_POOL)
     except ModuleNotFoundError:
         raise ConfigError("database_url is PostgreSQL's, its driver is missing; install impasto[postgresql]") from None
 
@@ -60,7 +71,7 @@ def _open_sqlite(url: URL) -> Engine:
     if sqlite.sqlite_version_info < SAFE_SQLITE:
         raise ConfigError(f"SQLite {sqlite.sqlite_version} is not safe here; a pysqlite3 wheel brings a newer one")
     Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, module=sqlite, max_overflow=20)
+    engine = create_engine(url, module=sqlite, **_POOL)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -151,12 +162,28 @@ class CommitCounter:
                 self._connection = None
 
 
-def upgrade(engine: Engine) -> None:
+def upgrade(engine: Engine, patience: float = 0.0) -> None:
     """Bring the tables to the newest form, in one transaction. Processes that start together take turns.
+
+    Args:
+        engine: The database.
+        patience: Seconds to wait for a database that is not there yet.
 
     Raises:
         Unavailable: The database cannot be reached, or another process held it for too long.
     """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _upgrade(engine)
+        except Unavailable as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("waiting for the database: %s", error.__cause__)
+            time.sleep(AWAY_SECONDS)
+
+
+def _upgrade(engine: Engine) -> None:
     # Imported here: most imports of this module come from processes that never migrate.
     from alembic import command
     from alembic.config import Config

@@ -108,6 +108,18 @@ class History:
 
         return self._each("predictions_to_expire", expire, kept=round(seconds * 1000))
 
+    def forget(self, seconds: float) -> int:
+        """Delete whole jobs that ended so long ago, with their files; return how many.
+
+        One whose webhook is still on its way stays until that has arrived, or is given up.
+        """
+
+        def forget(row: Row[Any]) -> None:
+            self._outputs.delete([*_blobs(row.outputs), *_inputs(row.input)])
+            self._write("forget_prediction", id=row.id)
+
+        return self._each("predictions_to_forget", forget, kept=round(seconds * 1000))
+
     def purge(self, grace: float = GRACE_SECONDS) -> int:
         """Delete the rows of jobs that were deleted ``grace`` seconds ago, with whatever files are left."""
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from impasto.errors import NotFound
+from impasto.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
     from obstore import Attributes
@@ -32,6 +34,9 @@ UPLOAD_EXTENSIONS: Final = EXTENSIONS | {
     "image/bmp": "bmp",
     LORA_TYPE: "safetensors",
 }
+RETRIES: Final = 3  # of one request to a bucket; whoever wants a file has patience of its own
+RETRY_SECONDS: Final = 10  # for all of them
+PROBE_BYTES: Final = 2**20
 CHUNK_BYTES: Final = 2**20  # of a large file, in memory at once
 _CONTENT_TYPES: Final = {extension: content_type for content_type, extension in EXTENSIONS.items()}
 _BLOB: Final = re.compile(r"[0-9a-f]{32}/[0-9]{1,9}-[0-9a-f]{32}/[0-9]{1,3}\.(png|jpg|webp)")
@@ -42,12 +47,14 @@ _FORMS: Final = {"inputs": _INPUT, "uploads": _UPLOAD}  # by first part; other n
 
 
 class OutputStore:
-    """A folder, or a bucket (``s3://bucket/prefix``), of files."""
+    """A folder, or a bucket (``s3://bucket/prefix``), of files.
+
+    Every method raises ``Unavailable`` when files cannot be stored or read now: a full disk, a bucket that is away or
+    refuses us.
+    """
 
     def __init__(self, root: str) -> None:
-        self._store: ObjectStore = (
-            from_url(root) if "://" in root else LocalStore(Path(root).absolute(), mkdir=True, automatic_cleanup=True)
-        )
+        self._store = _open(root)
 
     def put(self, job_id: str, attempt: int, index: int, data: bytes, content_type: str) -> str:
         """Write one picture and return its blob name; what is written is never written over.
@@ -82,8 +89,19 @@ class OutputStore:
             content_type: One of ``UPLOAD_EXTENSIONS``.
         """
         name = f"uploads/{secrets.token_hex(16)}.{UPLOAD_EXTENSIONS[content_type]}"
-        self._store.put(name, file, attributes=self._attributes(content_type))
+        with _answering():
+            self._store.put(name, file, attributes=self._attributes(content_type))
         return name
+
+    def probe(self) -> None:
+        """Do nothing if files can be stored now: write one as large as a picture, and delete it."""
+        name = f"probe/{secrets.token_hex(16)}"
+        with _answering():
+            try:
+                self._store.put(name, bytes(PROBE_BYTES), mode="create")
+            finally:
+                with suppress(FileNotFoundError):
+                    self._store.delete(name)
 
     def get(self, blob: str) -> bytes:
         """Return a picture's bytes.
@@ -116,7 +134,8 @@ class OutputStore:
             NotFound: There is none, or ``name`` is none of ours.
         """
         try:
-            return int(self._store.head(_checked(name, _form(name)))["size"])
+            with _answering():
+                return int(self._store.head(_checked(name, _form(name)))["size"])
         except FileNotFoundError:
             raise _gone() from None
 
@@ -129,7 +148,9 @@ class OutputStore:
         _checked(name, _form(name))
         for at in range(start, end, CHUNK_BYTES):
             try:
-                yield self._store.get_range(name, start=at, end=min(at + CHUNK_BYTES, end)).to_bytes()
+                with _answering():
+                    part = self._store.get_range(name, start=at, end=min(at + CHUNK_BYTES, end)).to_bytes()
+                yield part
             except FileNotFoundError:
                 raise _gone() from None
 
@@ -148,7 +169,9 @@ class OutputStore:
             seconds: Their least age, by the clock of the disk or bucket.
         """
         before = datetime.now(UTC) - timedelta(seconds=seconds)
-        for part in self._store.list(_checked(shelf, _SHELF)):
+        with _answering():
+            parts = list(self._store.list(_checked(shelf, _SHELF)))
+        for part in parts:
             for found in part:
                 if found["last_modified"] <= before and _form(found["path"]).fullmatch(found["path"]):
                     yield found["path"]
@@ -156,13 +179,12 @@ class OutputStore:
     def delete(self, names: Iterable[str]) -> None:
         """Delete files of any kind by name; those already gone are fine."""
         for name in names:
-            try:
+            with _answering(), suppress(FileNotFoundError):
                 self._store.delete(_checked(name, _form(name)))
-            except FileNotFoundError:
-                continue
 
     def _put(self, name: str, data: bytes, content_type: str) -> None:
-        self._store.put(name, data, mode="create", attributes=self._attributes(content_type))
+        with _answering():
+            self._store.put(name, data, mode="create", attributes=self._attributes(content_type))
 
     def _attributes(self, content_type: str) -> Attributes | None:
         """Say the type to a bucket; a local file has nowhere to keep it, and its name says it."""
@@ -170,9 +192,26 @@ class OutputStore:
 
     def _get(self, name: str) -> bytes:
         try:
-            return self._store.get(name).bytes().to_bytes()
+            with _answering():
+                return self._store.get(name).bytes().to_bytes()
         except FileNotFoundError:
             raise _gone() from None
+
+
+def _open(root: str) -> ObjectStore:
+    if "://" not in root:
+        return LocalStore(Path(root).absolute(), mkdir=True, automatic_cleanup=True)
+    return from_url(root, retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)})
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        raise Unavailable("files cannot be stored or read now; try again in a few seconds") from error
 
 
 def content_type_of(blob: str) -> str:

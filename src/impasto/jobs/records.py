@@ -65,6 +65,7 @@ class Output:
     height: int  # pixels
     nsfw: bool
     seed: int
+    made: Mapping[str, Any] | None = field(default=None, hash=False)  # what it takes to make it again, as JSON values
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,6 +109,7 @@ class Job:
     expired_at: datetime | None  # its pictures were deleted then
     pool: str = field(repr=False)
     lora_key: tuple[str, ...] = field(repr=False)
+    deaths: int = field(default=0, repr=False, compare=False)  # of its workers so far; told by a claim alone
 
     @property
     def lease(self) -> Lease:
@@ -139,6 +141,7 @@ class Job:
             expired_at=_optional_moment(row["expired_at"]),
             pool=row["pool"],
             lora_key=tuple(json.loads(row["lora_key"])),
+            deaths=row.get("deaths", 0),
         )
 
 

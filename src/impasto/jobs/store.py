@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult, Engine
 
-from impasto.errors import Conflict, NotFound, TooManyRequests, Unauthorized
+from impasto.errors import Conflict, NotFound
 from impasto.jobs.database import CommitCounter, reading, writing
+from impasto.jobs.limits import NO_LIMITS, Account, Limits
 from impasto.jobs.queries import queries
 from impasto.jobs.records import Beat, Job, Lease, NewJob, Output, is_job_id
 from impasto.jobs.states import TERMINAL, Outcome, Status, check_move
@@ -48,25 +49,26 @@ class JobStore:
         """Let go of the connection behind ``changes``."""
         self._commits.close()
 
-    def create(self, job: NewJob, max_queued: int) -> Job:
+    def create(self, job: NewJob, max_queued: int, limits: Limits = NO_LIMITS) -> Job:
         """Accept a job; once this returns, it survives a crash of everything but the disk.
 
         A job with an ``idempotency_key`` that its API key used before is not made again: the first one is returned.
         Nor is one whose client hung up on the same body less than ``REJOIN_SECONDS`` ago, if that has not failed.
+        Neither counts against a limit. ``max_queued`` and ``limits`` are for keys without limits of their own.
 
         Raises:
             Conflict: The idempotency key was used for another body.
-            TooManyRequests: The API key has ``max_queued`` jobs waiting already.
-            Unauthorized: The API key does not exist or was revoked.
+            TooManyRequests: The API key is over one of its limits.
+            BadRequest: The job is more than the key may have in a whole day.
+            Unavailable: As every method, and where ``limits.waiting`` jobs wait already.
+            Unauthorized: The API key does not exist, was revoked or has expired.
         """
         with writing(self._engine) as db:
-            if self._run(db, "lock_key", key_id=job.key_id).first() is None:
-                raise Unauthorized("this API key was revoked; use another")
+            account = Account.locked(db, self._queries, job.key_id, limits)
             if there := self._repeated(db, job) or self._dropped(db, job):
                 return there
-            if self._run(db, "count_waiting_of_key", key_id=job.key_id).scalar_one() >= max_queued:
-                raise TooManyRequests(f"{max_queued} jobs of this key are waiting; send more when some have finished")
-            return self._insert(db, job)
+            account.check_queues(db, self._queries, job.key_id, max_queued)
+            return self._insert(db, job, account.counted().spent(job.cost))
 
     def _repeated(self, db: Connection, job: NewJob) -> Job | None:
         """Return the job that the same idempotency key made, if there is one; a deleted one is none."""
@@ -93,8 +95,9 @@ class JobStore:
             self._run(db, "record_event", id=row["id"], type="created")
         return Job.from_row(joined) if joined else None
 
-    def _insert(self, db: Connection, job: NewJob) -> Job:
-        fair = self._run(db, "advance_key", key_id=job.key_id, pool=job.pool, cost=job.cost).scalar_one()
+    def _insert(self, db: Connection, job: NewJob, account: Account) -> Job:
+        values = {"key_id": job.key_id, "pool": job.pool, "cost": job.cost, **account.to_row()}
+        fair = self._run(db, "advance_key", **values).scalar_one()
         row = self._run(
             db,
             "create_job",
@@ -149,6 +152,7 @@ class JobStore:
             loaded: LoRAs it has ready; jobs that need no others may go a little ahead of their turn.
         """
         with writing(self._engine) as db:
+            self._run(db, "take_turn")
             claimed = self._run(
                 db,
                 "claim_jobs",
@@ -163,7 +167,11 @@ class JobStore:
             for row in rows:
                 self._run(db, "start_attempt", id=row["id"], attempt=row["attempt"], worker=worker)
                 self._run(db, "record_event", id=row["id"], type="started")
-        return [Job.from_row(row) for row in rows]
+            return [Job.from_row({**row, "deaths": self._deaths(db, row)}) for row in rows]
+
+    def _deaths(self, db: Connection, row: Mapping[Any, Any]) -> int:
+        """Count the workers that died while they ran a job; at its first attempt none has."""
+        return int(self._run(db, "count_deaths", id=row["id"]).scalar_one()) if row["attempt"] > 1 else 0
 
     def heartbeat(
         self,
@@ -212,6 +220,7 @@ class JobStore:
 
         Returns:
             False if the lease is lost or the job was cancelled: nobody will see the outputs, so delete them.
+            Said again after an answer that got lost, it changes nothing and is what it was the first time.
         """
         with writing(self._engine) as db:
             return self._end(db, lease, Status.COMPLETED, Outcome.OK, outputs=outputs, timings=timings, loras=loras)
@@ -343,7 +352,7 @@ class JobStore:
         )
         if not ended.rowcount:
             self._end_cancelled(db, lease)
-            return False
+            return self._done_before(db, lease, outcome)
         self._note(db, lease, outcome, status)
         return True
 
@@ -351,9 +360,13 @@ class JobStore:
         check_move(Status.PROCESSING, Status.CREATED)
         if not self._run(db, "requeue_job", **asdict(lease)).rowcount:
             self._end_cancelled(db, lease)
-            return False
+            return self._done_before(db, lease, outcome)
         self._note(db, lease, outcome, "requeued")
         return True
+
+    def _done_before(self, db: Connection, lease: Lease, outcome: Outcome) -> bool:
+        """Whether this attempt has ended so already: its worker says it again, because no answer reached it."""
+        return bool(self._run(db, "outcome_of_attempt", **asdict(lease)).scalar() == outcome)
 
     def _end_cancelled(self, db: Connection, lease: Lease) -> None:
         """End a held job that its owner cancelled; any other is left alone."""

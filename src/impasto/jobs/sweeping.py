@@ -28,23 +28,31 @@ class Sweeper:
         history: Jobs of the past.
         uploads: Files that clients sent.
         output_seconds: How long pictures are kept after their job ended; 0: for ever.
+        keep_seconds: How long the jobs themselves are; 0: for ever.
         grace: Age of what is looked at by its files alone: younger ones may be about to get a row.
     """
 
     def __init__(
-        self, history: History, uploads: UploadStore, *, output_seconds: float = 0, grace: float = GRACE_SECONDS
+        self,
+        history: History,
+        uploads: UploadStore,
+        *,
+        output_seconds: float = 0,
+        keep_seconds: float = 0,
+        grace: float = GRACE_SECONDS,
     ) -> None:
         self._history = history
         self._uploads = uploads
         self._output_seconds = output_seconds
+        self._keep_seconds = keep_seconds
         self._grace = grace
         self._listed = -LISTING_SECONDS  # when folders were looked through, by the monotonic clock
 
     @property
     def pause(self) -> float:
-        """Seconds from one sweep to the next: pictures outlive their time by a tenth of it, or by a minute."""
-        wanted = self._output_seconds / 10 if self._output_seconds else LONGEST_PAUSE
-        return min(max(wanted, SHORTEST_PAUSE), LONGEST_PAUSE)
+        """Seconds from one sweep to the next: nothing outlives its time by more than a tenth of it, or a minute."""
+        wanted = [seconds / 10 for seconds in (self._output_seconds, self._keep_seconds) if seconds]
+        return max(min([*wanted, LONGEST_PAUSE]), SHORTEST_PAUSE)
 
     def sweep(self) -> dict[str, int]:
         """Sweep once; return how many of each kind were deleted. One kind that fails does not keep the others."""
@@ -55,6 +63,8 @@ class Sweeper:
         }
         if self._output_seconds:
             kinds["expired jobs"] = lambda: self._history.expire(self._output_seconds)
+        if self._keep_seconds:
+            kinds["old jobs"] = lambda: self._history.forget(self._keep_seconds)
         if time.monotonic() - self._listed >= LISTING_SECONDS:
             self._listed = time.monotonic()
             kinds["start pictures"] = lambda: self._history.sweep_inputs(self._grace)

@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult, Engine
 
-from impasto.errors import NotFound, TooManyRequests, Unauthorized
+from impasto.errors import NotFound, TooManyRequests
 from impasto.jobs.database import reading, writing
+from impasto.jobs.limits import NO_LIMITS, Account, Limits, count_request
 from impasto.jobs.outputs import LORA_TYPE, OutputStore
 from impasto.jobs.queries import queries
 
@@ -70,24 +71,35 @@ class UploadStore:
         outputs: Where the files are.
         kept: Seconds that a file is found after it was announced or sent.
         quota: Bytes that the files of one key may take together; without one, no limit.
+        limits: How many requests a minute a key may send, where it has no number of its own.
     """
 
-    def __init__(self, engine: Engine, outputs: OutputStore, *, kept: float, quota: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        outputs: OutputStore,
+        *,
+        kept: float,
+        quota: int | None = None,
+        limits: Limits = NO_LIMITS,
+    ) -> None:
         self._engine = engine
         self._queries = queries(engine.dialect.name)
         self._outputs = outputs
         self._kept = kept
         self._quota = quota
+        self._limits = limits
 
     def announce(self, key_id: str, filename: str, size: int) -> tuple[Ticket, str]:
         """Make a ticket; return it and the secret that lets the file come in.
 
         Raises:
-            TooManyRequests: The key's files take too much space.
-            Unauthorized: The key was revoked.
+            TooManyRequests: The key's files take too much space, or it sends too many.
+            Unauthorized: The key was revoked or has expired.
         """
         secret = secrets.token_hex(32)
         with writing(self._engine) as db:
+            count_request(db, self._queries, key_id, self._limits)
             self._check_quota(db, key_id, size)
             return self._insert(db, key_id, filename, size, secret), secret
 
@@ -129,6 +141,7 @@ class UploadStore:
         blob, size = self._outputs.put_upload(file, content_type), file.stat().st_size
         try:
             with writing(self._engine) as db:
+                count_request(db, self._queries, key_id, self._limits)
                 self._check_quota(db, key_id, size)
                 return self._received(db, self._insert(db, key_id, filename, size), blob, content_type, size)
         except BaseException:
@@ -195,8 +208,7 @@ class UploadStore:
 
     def _check_quota(self, db: Connection, key_id: str, more: int) -> None:
         """Refuse ``more`` bytes past the quota; uploads of one key take turns, so that it holds."""
-        if self._run(db, "lock_key", key_id=key_id).first() is None:
-            raise Unauthorized("this API key was revoked; use another")
+        Account.locked(db, self._queries, key_id)
         values = {"key_id": key_id, "ticket_life": _milliseconds(TICKET_SECONDS)}
         used = int(self._run(db, "uploaded_by_key", **values).scalar_one())
         if self._quota is not None and used + more > self._quota:

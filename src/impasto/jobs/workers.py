@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 
 from impasto.jobs.database import reading, writing
 from impasto.jobs.queries import queries
+from impasto.jobs.queue import QueueView
 
 REPORT_SECONDS: Final = 5.0  # between reports of a worker
 SEEN_SECONDS: Final = 20.0  # silence after which a worker does not count as there
@@ -44,11 +45,12 @@ class Queue:
 
 
 class WorkerReports:
-    """The workers of one database. Every method raises ``Unavailable`` when the database cannot answer."""
+    """The workers of one database, and what they work off. Methods raise ``Unavailable`` when it cannot answer."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queries = queries(engine.dialect.name)
+        self.line = QueueView(engine)
 
     def report(self, worker: WorkerReport) -> None:
         """Say that a worker is alive, and forget those that have not been heard for long."""

@@ -87,6 +87,18 @@ def fetch_model(
         return _fetch_folder(repo_id, folder, full, access)
 
 
+def cached_model(repo_id: str, revision: str | None = None, file: str | None = None) -> Path:
+    """Return where a model is that ``fetch_model`` has brought, without asking anybody.
+
+    Raises:
+        ModelError: It is not here.
+    """
+    with _errors_told(repo_id, revision, file):
+        if file is not None:
+            return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX], local_files_only=True))
+
+
 def _fetch_file(repo_id: str, revision: str | None, file: str, access: dict[str, Any]) -> Path:
     found = hf_hub_download(repo_id, file, revision=revision, dry_run=True, **access)
     if found.will_download:

@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impasto.errors import ImpastoError, MediaError, NotFound, Unavailable
-from impasto.images import CONTENT_TYPES, decode_png, encode_image
+from impasto.errors import ImpastoError, Unavailable
+from impasto.images import CONTENT_TYPES, encode_image
 from impasto.jobs.events import ChangeWatcher
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import Job, Lease, Output
@@ -37,20 +36,23 @@ from impasto.types import (
 )
 from impasto.worker.backend import Backend
 from impasto.worker.heartbeat import Heartbeat
+from impasto.worker.intake import Intake
 from impasto.worker.loras import LoraLibrary
 from impasto.worker.previews import preview_every
+from impasto.worker.provenance import Provenance
+from impasto.worker.publishing import Publisher
 from impasto.worker.running import Running
 from impasto.worker.stats import WorkerStats
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
-RETRY_SECONDS = 0.5  # between tries of a write while the store is away
 FETCHES = 16  # most jobs that wait for their files; they take no slot
 FETCH_WAIT_SECONDS = 0.1  # for files, while there is nothing else to do
+STORAGE = "storage"  # error class of a job whose files could not be had
 NOTE_SECONDS = 1.0  # between looks at what the backend says of itself
 
 
@@ -71,6 +73,8 @@ class WorkerLoop:
         previews: Whether to show what running jobs' pictures are becoming.
         reports: Where to say that this worker is there, and what it counted; nowhere by default.
         safety: What pictures and prompts must pass; by default nothing.
+        provenance: What pictures and predictions tell of how they were made; by default nothing.
+        drain_seconds: How long jobs may go on after ``stop``; what is not done then goes back to the queue.
     """
 
     def __init__(
@@ -89,22 +93,28 @@ class WorkerLoop:
         previews: bool = False,
         reports: WorkerReports | None = None,
         safety: SafetyGate | None = None,
+        provenance: Provenance | None = None,
+        drain_seconds: float = 0.0,
     ) -> None:
         self._store = store
         self._outputs = outputs
         self._backend = backend
         self._name = name
-        self._loras = loras or LoraLibrary(lora_dir)
         self._slots = slots
         self._lease_seconds = lease_seconds
+        self._max_attempts = max_attempts
+        self._drain_seconds = drain_seconds
         self._previews = previews
         self._safety = safety or SafetyGate()
+        self._intake = Intake(outputs, loras or LoraLibrary(lora_dir), self._safety, provenance or Provenance())
         self._running: dict[str, Running] = {}
         self._waiting: tuple[Running, GenerationRequest] | None = None  # a suspect, until it can run alone
         self._fetching: dict[str, tuple[Running, Future[GenerationRequest]]] = {}  # until their files are here
         self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._lock = threading.Lock()  # guards _running's membership
         self._stopping = threading.Event()
+        self._hurry = threading.Event()  # there is no time left for anything but handing back
+        self._publisher = Publisher(store, outputs, patience=lease_seconds, hurry=self._hurry)
         self._stats = WorkerStats(slots)
         self._noted = 0.0  # when the backend was last asked about itself
         self._heart = Heartbeat(
@@ -120,11 +130,17 @@ class WorkerLoop:
         )
 
     def stop(self) -> None:
-        """End ``run`` after the step in progress; unfinished jobs go back to the queue."""
+        """Take no more jobs and end ``run``: when those here are done, or the time for that is over.
+
+        Called a second time, or with no time for it, it ends ``run`` after the step in progress; what is unfinished
+        then goes back to the queue.
+        """
+        if self._stopping.is_set() or not self._drain_seconds:
+            self._hurry.set()
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until ``stop``, then hand back what is unfinished.
+        """Work until ``stop``, finish what there is time for, then hand back the rest.
 
         An exception of the backend ends it without handing back: the leases run out, and that counts against the
         jobs, so that one which breaks every worker is given up in the end.
@@ -139,13 +155,25 @@ class WorkerLoop:
                 except Unavailable as error:
                     log.warning("the job store is away: %s", error)
                     self._stopping.wait(IDLE_SECONDS)
+            self._drain()
             self._hand_back()
         finally:
             self._stopping.set()
+            self._hurry.set()
             for running, _ in self._fetching.values():
                 running.ended.set()
             self._fetchers.shutdown(wait=False, cancel_futures=True)
             self._heart.stop()
+
+    def _drain(self) -> None:
+        """Move the jobs that are here until they are done, or it is time to go."""
+        deadline = time.monotonic() + self._drain_seconds
+        while self._running and not self._hurry.is_set() and time.monotonic() < deadline:
+            try:
+                self.turn()
+            except Unavailable as error:
+                log.warning("the job store is away: %s", error)
+                self._hurry.wait(IDLE_SECONDS)
 
     def turn(self) -> bool:
         """Claim what fits, move one step, deal with what came of it; return whether there was anything to do."""
@@ -177,7 +205,7 @@ class WorkerLoop:
 
     def _claim(self) -> None:
         """Fill the free slots, one job at a time; a suspect waits until it can run alone, and nothing joins it."""
-        while self._has_room() and len(self._fetching) < FETCHES:
+        while self._has_room() and len(self._fetching) < FETCHES and self._may_claim():
             loaded = [name for running in self._running.values() for name in running.job.lora_key]
             jobs = self._store.claim(self._name, 1, self._lease_seconds, loaded=loaded)
             if not jobs:
@@ -188,12 +216,15 @@ class WorkerLoop:
             self._waiting = None
             self._submit(running, request)
 
+    def _may_claim(self) -> bool:
+        return not self._stopping.is_set() and self._publisher.files_are_there()
+
     def _submit(self, running: Running, request: GenerationRequest) -> None:
         options = {"preview_every": preview_every(request.num_inference_steps)} if self._shows_previews(running) else {}
         self._backend.submit(request, running.job.id, **options)
 
     def _shows_previews(self, running: Running) -> bool:
-        return self._previews and self._safety.shows_previews(_wants_check(running))
+        return self._previews and self._safety.shows_previews(running.wants_check)
 
     def _admit(self, job: Job) -> None:
         running = Running(job, Lease(job.id, job.attempt), time.monotonic())
@@ -204,14 +235,17 @@ class WorkerLoop:
             self._stats.stage("queue", running.queued)
         match job.input:
             case {"request": {"loras": [_, *_]}}:  # files may have to be fetched: not here, where others wait
-                self._fetching[job.id] = (running, self._fetchers.submit(self._request, running))
+                self._fetching[job.id] = (running, self._fetchers.submit(self._intake.request, running))
             case _:
-                self._join(running, lambda: self._request(running))
+                self._join(running, lambda: self._intake.request(running))
 
     def _join(self, running: Running, read: Callable[[], GenerationRequest]) -> None:
         """Hand a job to the backend, or keep it until it can run alone."""
         try:
             request = read()
+        except Unavailable as error:
+            self._put_back(running, error)
+            return
         except Exception as error:  # noqa: BLE001  (a row that cannot be read is its own fault, not the worker's)
             self._fail(running, error)
             return
@@ -235,29 +269,6 @@ class WorkerLoop:
         joined = [running for job_id, running in self._running.items() if job_id not in self._fetching]
         return len(joined) < self._slots and not any(running.suspect for running in joined)
 
-    def _request(self, running: Running) -> GenerationRequest:
-        """Rebuild the request, with its pictures, the resolved seed and each LoRA's name turned into a file."""
-        job = running.job
-        request = GenerationRequest.from_json(job.input["request"])
-        image, mask = (self._picture(job, name) for name in ("image", "mask_image"))
-        self._safety.admit(request.prompt, image, _wants_check(running))
-        running.loras = tuple(
-            self._loras.find(lora.path, f"loras.{i}.path", job.key_id, running.ended.is_set)
-            for i, lora in enumerate(request.loras)
-        )
-        loras = tuple(
-            replace(lora, path=str(found.file)) for found, lora in zip(running.loras, request.loras, strict=True)
-        )
-        return replace(request, seed=job.seed, loras=loras, image=image, mask_image=mask)
-
-    def _picture(self, job: Job, name: str) -> Image | None:
-        """Read back a picture that the job starts from; the API has checked and re-encoded it."""
-        key = job.input.get("pictures", {}).get(name)
-        try:
-            return None if key is None else decode_png(self._outputs.get_input(key))
-        except NotFound:
-            raise MediaError(name, "is not stored any more; submit the request again") from None
-
     def _handle(self, event: Event) -> None:
         """Deal with one event; whatever goes wrong is that job's end, never the worker's or another job's."""
         running = self._running.get(event.request_id)
@@ -268,7 +279,7 @@ class WorkerLoop:
                 case Progress():
                     running.moved(event)
                     self._heart.tell()
-                case Preview() if self._safety.shows_previews(_wants_check(running)):
+                case Preview() if self._safety.shows_previews(running.wants_check):
                     running.looked(event)
                 case ImageReady():
                     self._store_picture(running, event)
@@ -277,7 +288,10 @@ class WorkerLoop:
                     self._complete(running, reports)
                 case Failed(error=error):
                     self._fail(running, error)
-        except Exception as error:  # noqa: BLE001  (a full disk, say)
+        except Unavailable as error:  # a full disk, say
+            self._backend.cancel(event.request_id)
+            self._put_back(running, error)
+        except Exception as error:  # noqa: BLE001
             self._backend.cancel(event.request_id)
             self._fail(running, error)
 
@@ -285,11 +299,13 @@ class WorkerLoop:
         start = time.monotonic()
         file_format: OutputFormat = running.job.input["output"]["format"]
         content_type = CONTENT_TYPES[file_format]
-        image, nsfw = self._safety.passed(event.image, _wants_check(running))
-        data = encode_image(image, file_format)
-        blob = self._outputs.put(running.job.id, running.lease.attempt, event.index, data, content_type)
+        image, nsfw = self._safety.passed(event.image, running.wants_check)
+        data = encode_image(image, file_format, running.text(event.seed))
+        blob = self._publisher.picture(running.lease, event.index, data, content_type)
         width, height = image.size
-        running.outputs[event.index] = Output(blob, content_type, width, height, nsfw=nsfw, seed=event.seed)
+        running.outputs[event.index] = Output(
+            blob, content_type, width, height, nsfw=nsfw, seed=event.seed, made=running.made
+        )
         self._stats.stored(time.monotonic() - start)
 
     def _complete(self, running: Running, reports: Sequence[Any]) -> None:
@@ -298,46 +314,43 @@ class WorkerLoop:
         timings = {"inference": round((time.monotonic() - running.claimed) * 1000)}
         named = [_named(report, running) for report in reports]
         loras = [report.to_json() for report in named]
-        if self._written(lambda: self._store.complete(running.lease, outputs, timings, loras)):
+        done = self._publisher.complete(running.lease, outputs, timings, loras)
+        if done:
             log.info("job %s: completed in %d ms", running.job.id, timings["inference"])
             self._stats.ended("completed")
             self._stats.stage("total", time.monotonic() - running.claimed)
             for report in named:
                 log.info("job %s: LoRA %s", running.job.id, report.line())
-            self._delete(running, running.inputs)
-        else:
-            self._stats.ended("lost")
-            self._delete(running, running.blobs)
+            self._publisher.delete(running.job.id, running.inputs)
+            return
+        self._stats.ended("lost")
+        if done is not None:  # else it may be complete, and the pictures its own
+            self._publisher.delete(running.job.id, running.blobs)
 
     def _fail(self, running: Running, error: Exception) -> None:
-        self._forget(running)
         if isinstance(error, ImpastoError):
             message = str(error)
         else:
             log.error("job %s failed", running.job.id, exc_info=error)
             message = f"the engine failed on this request ({type(error).__name__}); the server's log has the details"
-        ended = self._written(lambda: self._store.fail(running.lease, message, type(error).__name__))
+        self._give_up(running, message, type(error).__name__)
+
+    def _give_up(self, running: Running, message: str, error_class: str) -> None:
+        self._forget(running)
+        ended = self._publisher.fail(running.lease, message, error_class)
         self._stats.ended("failed" if ended else "lost")
         # A job that did not end here may run again, from the same pictures.
-        self._delete(running, running.blobs + (running.inputs if ended else []))
+        self._publisher.delete(running.job.id, running.blobs + (running.inputs if ended else []))
 
-    def _written(self, write: Callable[[], bool]) -> bool:
-        """Try to end a job until the store answers; when the lease has run out, the job will be run again."""
-        deadline = time.monotonic() + self._lease_seconds
-        while True:
-            try:
-                return write()
-            except Unavailable as error:
-                log.warning("the job store is away: %s", error)
-                if time.monotonic() > deadline or self._stopping.wait(RETRY_SECONDS):
-                    return False
-
-    def _delete(self, running: Running, files: list[str]) -> None:
-        """Delete files that nobody needs any more: pictures nobody will see, or start pictures of an ended job."""
-        try:
-            self._outputs.delete(files)
-        except Exception:  # files that stay cost space, nothing else
-            log.exception("job %s: its files could not be deleted", running.job.id)
+    def _put_back(self, running: Running, error: Unavailable) -> None:
+        """Let a job whose files cannot be stored or read now be run again, by whoever can, but not for ever."""
+        self._publisher.files_failed(error)
+        if running.lease.attempt >= self._max_attempts:
+            log.error("job %s: files were away at each of %d attempts", running.job.id, running.lease.attempt)
+            self._give_up(running, f"its files could not be stored or read: {error}", STORAGE)
+        else:
+            log.warning("job %s goes back to the queue: %s", running.job.id, error)
+            self._release(running)
 
     def _forget(self, running: Running) -> None:
         with self._lock:
@@ -361,7 +374,7 @@ class WorkerLoop:
                 self._stats.ended(ended[running.lease])
                 self._backend.cancel(running.job.id)
                 self._forget(running)
-                self._delete(running, running.blobs)
+                self._publisher.delete(running.job.id, running.blobs)
 
     def _beat(self) -> None:
         """Beat at once; ``run`` has a thread that does it."""
@@ -371,18 +384,12 @@ class WorkerLoop:
         """Give unfinished jobs back to the queue, each on its own: one that cannot be is run after its lease."""
         for running in list(self._running.values()):
             self._backend.cancel(running.job.id)
-            try:
-                self._store.release(running.lease)
-                self._stats.ended("released")
-            except Unavailable as error:
-                log.warning("job %s could not be handed back: %s", running.job.id, error)
-            self._delete(running, running.blobs)
-            self._forget(running)
+            self._release(running)
 
-
-def _wants_check(running: Running) -> bool:
-    """Whether the request wants its pictures checked; one that does not say wants it."""
-    return bool(running.job.input["output"].get("safety_checker", True))
+    def _release(self, running: Running) -> None:
+        self._forget(running)
+        self._stats.ended("released" if self._publisher.release(running.lease) else "lost")
+        self._publisher.delete(running.job.id, running.blobs)
 
 
 def _named(report: Any, running: Running) -> Any:

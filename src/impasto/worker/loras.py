@@ -25,6 +25,7 @@ from typing import Final
 from impasto.config import Settings
 from impasto.errors import LoraError
 from impasto.fetch.addresses import Policy
+from impasto.fetch.allowed import Hosts, Repositories
 from impasto.fetch.cache import Cache, Held
 from impasto.fetch.civitai import Civitai
 from impasto.fetch.client import Client
@@ -91,6 +92,7 @@ class LoraLibrary:
         shipped: Folder of the LoRAs that ship with the model in use.
         uploads: Finds what the owner of a key uploaded.
         sites: Where other LoRAs are fetched; without it nothing is.
+        repositories: The only ones they are fetched from, but for those that the operator's aliases name.
     """
 
     def __init__(
@@ -101,19 +103,28 @@ class LoraLibrary:
         shipped: Path | None = None,
         uploads: Uploads | None = None,
         sites: Sites | None = None,
+        repositories: Repositories | None = None,
     ) -> None:
         self._folder = folder
         self._aliases = dict(aliases or {})
         self._shipped = shipped
         self._uploads = uploads
         self._sites = sites
+        self._repositories = repositories
 
     @classmethod
     def of(cls, settings: Settings, uploads: Uploads | None = None) -> LoraLibrary:
         """Build the library that the settings describe."""
         shipped = SHIPPED if settings.model == BUILTIN else None
         sites = None if settings.offline else make_sites(settings)
-        return cls(settings.lora_dir, aliases=settings.lora_aliases, shipped=shipped, uploads=uploads, sites=sites)
+        return cls(
+            settings.lora_dir,
+            aliases=settings.lora_aliases,
+            shipped=shipped,
+            uploads=uploads,
+            sites=sites,
+            repositories=Repositories.of(settings.lora_repos, Hosts.of(settings.fetch_hosts, "fetch_hosts")),
+        )
 
     def find(self, path: str, field: str, key_id: str | None, stop: Stop = never) -> FoundLora:
         """Find what ``path`` means, and bring it here if it is elsewhere; that may take minutes.
@@ -131,14 +142,14 @@ class LoraLibrary:
         try:
             target = self._aliases.get(name) or self._aliases.get(_repository(name, whole=True))
             if target is not None:
-                found = self._meant(target, key_id, stop)
+                found = self._meant(target, key_id, stop, None)
             else:
-                found = self._shipped_for(name) or self._meant(name, key_id, stop)
+                found = self._shipped_for(name) or self._meant(name, key_id, stop, self._repositories)
         except FetchFailed as failure:
             raise LoraError(field, f"{path[:SHOWN]!r} {failure}") from None
         return found if target is None else FoundLora(found.file, found.source, target, found.held)
 
-    def _meant(self, name: str, key_id: str | None, stop: Stop) -> FoundLora:
+    def _meant(self, name: str, key_id: str | None, stop: Stop, only: Repositories | None) -> FoundLora:
         if file := _inside(self._folder, name):
             return FoundLora(file, f"folder:{file.relative_to(self._folder.resolve()).as_posix()}")
         if self._shipped and (file := _shipped_file(self._shipped, name)):
@@ -147,7 +158,7 @@ class LoraLibrary:
             return FoundLora(
                 file, "upload" if "/uploads/" in name else f"upload:{name[:SHOWN]}"
             )  # an address is secret
-        return self._fetched(name, stop)
+        return self._fetched(name, stop, only)
 
     def _shipped_for(self, name: str) -> FoundLora | None:
         """Return the shipped LoRA that stands in for a well-known one."""
@@ -155,12 +166,14 @@ class LoraLibrary:
         file = _shipped_file(self._shipped, target) if self._shipped and target else None
         return FoundLora(file, f"shipped:{file.stem}", file.stem) if file else None
 
-    def _fetched(self, name: str, stop: Stop) -> FoundLora:
+    def _fetched(self, name: str, stop: Stop, only: Repositories | None) -> FoundLora:
         reference = parse_reference(name) if self._sites is None else self._sites.parse(name)
         if self._sites is None or reference is None:
             there = "" if self._sites is None else ", or give owner/name of the hub, an https address or civitai:MODEL"
             put = f"put {_plain(name)[:SHOWN]}{SUFFIX} into the server's loras folder"
             raise FetchFailed("choice", f"was not found: {put}{there}")
+        if only is not None:
+            only.check(reference)
         held = self._sites.fetch(reference, stop)
         log.info("LoRA %r is %s", held.note, held.path.name)
         return FoundLora(held.path, held.note, held=held)
@@ -191,6 +204,7 @@ def policy_of(settings: Settings) -> Policy:
         allow_http=settings.fetch_http,
         ports=settings.fetch_ports,
         endpoints=(settings.hf_endpoint, settings.civitai_endpoint),
+        only=Hosts.of(settings.fetch_hosts, "fetch_hosts"),
     )
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, Final
 
 from impasto.config import Settings
 from impasto.errors import ConfigError, ImpastoError
@@ -27,8 +27,11 @@ from impasto.worker.backend import Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
 from impasto.worker.loras import LoraLibrary
 from impasto.worker.naming import EXIT_CONFIG, EXIT_STALLED, FAKE_MODEL
+from impasto.worker.provenance import Provenance
+from impasto.worker.pulse import start_pulse
 from impasto.worker.uploads import UploadedLoras
 
+DATABASE_SECONDS: Final = 300.0  # to wait for a database at the start; the supervisor or the system starts us again
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +74,7 @@ def make_safety(settings: Settings) -> SafetyGate:
 def make_loop(settings: Settings, backend: Backend, name: str, safety: SafetyGate | None = None) -> WorkerLoop:
     """Open the store and build the loop around a backend; ``name`` is unique among all workers."""
     database = open_database(settings.database)
-    upgrade(database)
+    upgrade(database, DATABASE_SECONDS)
     outputs = OutputStore(settings.output_root)
     return WorkerLoop(
         JobStore(database),
@@ -87,6 +90,8 @@ def make_loop(settings: Settings, backend: Backend, name: str, safety: SafetyGat
         previews=settings.previews,
         reports=WorkerReports(database),
         safety=safety or make_safety(settings),
+        provenance=Provenance.of(settings, backend.device),
+        drain_seconds=settings.drain_seconds,
     )
 
 
@@ -120,5 +125,8 @@ if __name__ == "__main__":
         loaded = Settings.load()
     except ConfigError as problem:
         sys.exit(str(problem))
-    set_up_logging(loaded.log_level)
-    sys.exit(run(loaded, sys.argv[1], stop_with_parent=True))
+    set_up_logging(loaded.log_level, loaded.log_format)
+    worker_name, pulse, *_ = [*sys.argv[1:], ""]
+    if pulse:
+        start_pulse(int(pulse))
+    sys.exit(run(loaded, worker_name, stop_with_parent=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from impasto.jobs.records import Job, Lease, Output
 from impasto.types import Preview, Progress
 from impasto.worker.loras import FoundLora
 from impasto.worker.previews import thumbnail
+from impasto.worker.provenance import Recipe
 
 PREVIEW_SECONDS: Final = 0.5  # between two previews of a job
 
@@ -29,6 +31,7 @@ class Running:
     outputs: dict[int, Output] = field(default_factory=dict)  # by image index
     progress: dict[str, Any] = field(default_factory=dict)
     loras: tuple[FoundLora, ...] = ()  # as the request orders them; their files stay for as long as this lives
+    recipe: Recipe | None = None  # what its pictures' files and its row tell
     ended: threading.Event = field(default_factory=threading.Event)  # nobody waits for its files any more
     _previews: dict[int, Preview] = field(default_factory=dict)  # the last of each image
     _fresh: bool = False  # some of them were not shown yet
@@ -37,8 +40,27 @@ class Running:
 
     @property
     def suspect(self) -> bool:
-        """Whether an earlier attempt ended without a result: it may be this job that kills workers."""
-        return self.lease.attempt > 1
+        """Whether a worker died while it ran this job: it may be this job that kills workers."""
+        return self.job.deaths > 0
+
+    @property
+    def wants_check(self) -> bool:
+        """Whether the request wants its pictures checked; one that does not say wants it."""
+        return bool(self.job.input["output"].get("safety_checker", True))
+
+    @property
+    def wants_metadata(self) -> bool:
+        """Whether the request has nothing against parameters in its pictures' files."""
+        return bool(self.job.input["output"].get("metadata", True))
+
+    @property
+    def made(self) -> Mapping[str, Any] | None:
+        """What its row tells of how its pictures were made."""
+        return self.recipe.record if self.recipe else None
+
+    def text(self, seed: int) -> str | None:
+        """Return what the file of the picture with this seed tells."""
+        return self.recipe.text(seed) if self.recipe else None
 
     @property
     def blobs(self) -> list[str]:
@@ -53,7 +75,7 @@ class Running:
     @property
     def queued(self) -> float | None:
         """Seconds that it waited for a worker; ``None`` if it was with another one before."""
-        if self.suspect or self.job.started_at is None:
+        if self.lease.attempt > 1 or self.job.started_at is None:
             return None
         return (self.job.started_at - self.job.created_at).total_seconds()
 

@@ -15,13 +15,15 @@ from collections.abc import Callable
 
 from impasto.config import Settings
 from impasto.worker.naming import EXIT_CONFIG, new_name
+from impasto.worker.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.5  # seconds before the first restart; doubles up to LAST_PAUSE
 LAST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0  # seconds of life after which the pauses start small again
-STOP_GRACE = 30.0  # seconds for the step in progress before the process is killed
+STOP_GRACE = 30.0  # seconds for the step in progress, beside those for draining, before the process is killed
+LISTEN_SECONDS = 5.0  # between looks whether the process is frozen; its end is seen at once
 
 
 class Supervisor:
@@ -37,6 +39,7 @@ class Supervisor:
         self, settings: Settings, on_death: Callable[[str], object], on_hopeless: Callable[[], object]
     ) -> None:
         self._settings = settings
+        self._grace = STOP_GRACE + settings.drain_seconds
         self._on_death = on_death
         self._on_hopeless = on_hopeless
         self._stopping = threading.Event()
@@ -54,7 +57,7 @@ class Supervisor:
         if process is not None and process.poll() is None:
             process.terminate()
             try:
-                process.wait(STOP_GRACE)
+                process.wait(self._grace)
             except subprocess.TimeoutExpired:
                 process.kill()
         self._thread.join(STOP_GRACE)
@@ -91,13 +94,30 @@ class Supervisor:
     def _run_once(self, name: str) -> int:
         # The open pipe on standard input tells the worker that we are alive; it ends when the pipe closes.
         # A session of its own keeps the terminal's Ctrl-C from it: we decide when it ends.
+        pulse = Pulse()
         with subprocess.Popen(
-            [sys.executable, "-m", "impasto.worker.process", name],
+            [sys.executable, "-m", "impasto.worker.process", name, str(pulse.theirs)],
             stdin=subprocess.PIPE,
             env={**os.environ, **self._settings.to_environment()},
             start_new_session=True,
+            pass_fds=[pulse.theirs],
         ) as process:
+            pulse.close_theirs()
             self._process = process
             if self._stopping.is_set():  # stop() ran before there was a process to end
                 process.terminate()
-            return process.wait()
+            try:
+                return self._watched(process, pulse, name)
+            finally:
+                pulse.close()
+
+    def _watched(self, process: subprocess.Popen[bytes], pulse: Pulse, name: str) -> int:
+        """Wait for the process to end, and end it if it is frozen."""
+        while process.poll() is None:
+            if pulse.silent(LISTEN_SECONDS) and not self._stopping.is_set():
+                log.error("worker %s shows no sign of life; ending it", name)
+                process.kill()
+                return process.wait()
+            if pulse.ended:
+                return process.wait()
+        return process.wait()

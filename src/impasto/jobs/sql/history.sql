@@ -50,6 +50,19 @@ select id, outputs from predictions
  where expired_at is null and finished_at < $now - :kept
  order by finished_at limit :limit;
 
+-- predictions_to_forget --
+-- Jobs that ended so long ago that nothing of them is kept, but for those whose webhook is still on its way.
+select id, outputs, input from predictions
+ where deleted_at is null and finished_at < $now - :kept
+   and not exists (select 1 from webhooks w
+                    where w.prediction_id = predictions.id and w.delivered_at is null and w.given_up_at is null)
+ order by finished_at limit :limit;
+
+-- forget_prediction --
+-- A job is over for good: nobody sees it any more, and its rows go as those of a deleted one.
+update predictions set deleted_at = $now, idempotency_key = null, body_hash = null, dropped_at = null
+ where id = :id and deleted_at is null;
+
 -- expire_prediction --
 -- A job's pictures are deleted; the job itself stays.
 update predictions set expired_at = $now where id = :id and expired_at is null;

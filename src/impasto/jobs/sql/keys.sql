@@ -1,17 +1,19 @@
 -- API keys: made, listed, recognised, revoked. How these files are read stands in queries.py.
 
 -- create_key --
--- A new key; only the hash of its secret is kept.
-insert into keys (id, name, prefix, secret_hash, created_at)
-values (:id, :name, :prefix, :secret_hash, $now);
+-- A new key; only the hash of its secret is kept. :lifetime is in milliseconds, or null.
+insert into keys (id, name, prefix, secret_hash, created_at, expires_at, scopes,
+                  rate_per_minute, max_running, max_queued, daily_pictures, weight)
+values (:id, :name, :prefix, :secret_hash, $now, $now + cast(:lifetime as bigint), :scopes,
+        :rate_per_minute, :max_running, :max_queued, :daily_pictures, :weight);
 
 -- list_keys --
 -- All keys, the oldest first, revoked ones too.
-select id, name, prefix, created_at, disabled_at from keys order by created_at, id;
+select $key_columns from keys order by created_at, id;
 
 -- find_key --
 -- The key whose secret has this hash.
-select id, name, prefix, created_at, disabled_at from keys where secret_hash = :secret_hash;
+select $key_columns from keys where secret_hash = :secret_hash;
 
 -- webhook_secret --
 -- What signs a key's webhooks, if it has been asked for before.
@@ -28,15 +30,15 @@ update keys set webhook_secret = :secret
 returning webhook_secret;
 
 -- find_usable_key --
--- The id of a usable key, named by id or name.
-select id from keys where (id = :name_or_id or name = :name_or_id) and disabled_at is null;
+-- A key that is not revoked, named by id or name.
+select $key_columns from keys where (id = :name_or_id or name = :name_or_id) and disabled_at is null $for_update;
 
 -- any_key --
--- One row if some key can still be used.
+-- One row if some key is not revoked.
 select 1 from keys where disabled_at is null limit 1;
 
 -- revoke_key --
 -- A usable key, named by id or name, is shut off for good.
 update keys set disabled_at = $now
  where (id = :name_or_id or name = :name_or_id) and disabled_at is null
-returning id, name, prefix, created_at, disabled_at;
+returning $key_columns;

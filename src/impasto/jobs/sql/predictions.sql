@@ -1,9 +1,5 @@
 -- Jobs: submitted, claimed, kept, ended. How these files are read stands in queries.py.
 
--- lock_key --
--- Submits of one key take turns, so that its limits hold; no row means no usable key.
-select id from keys where id = :key_id and disabled_at is null $for_update;
-
 -- find_repeat --
 -- The job that an earlier submit of this key made under the same idempotency key.
 select * from predictions where key_id = :key_id and idempotency_key = :idempotency_key;
@@ -51,18 +47,17 @@ update predictions
  where withdrawn and status = 'created' and dropped_at <= $now - :window
 returning id;
 
--- count_waiting_of_key --
--- Jobs of this key that no worker has taken.
-select count(*) from predictions where key_id = :key_id and status = 'created' and withdrawn = false;
-
 -- advance_key --
 -- The fair tag of the key's next job (self-clocked fair queuing, Golestani 1994): the later of the key's own
--- last tag and the system's virtual time, plus the cost. Virtual time is the tag of the job due next, or, with
--- nothing waiting, the last tag given to anybody, so that work done on an idle system is never held against a key.
-update keys set vtime = :cost + $greatest(vtime, coalesce(
+-- last tag and the system's virtual time, plus the cost, which weighs less for a key of more weight. Virtual time is
+-- the tag of the job due next, jobs of keys that may run no more left out; or, with nothing waiting, the last tag given
+-- to anybody, so that work done on an idle system is never held against a key. What the key has used is noted too.
+update keys set vtime = :cost / weight + $greatest(vtime, coalesce(
            (select fair from predictions where status = 'created' and not withdrawn and pool = :pool
+               and key_id not in (select key_id from $places as full_keys where places <= 0)
              order by priority desc, fair, id limit 1),
-           (select max(vtime) from keys)))
+           (select max(vtime) from keys))),
+       rate_at = :rate_at, spent = :spent, spent_on = :spent_on, default_running = :default_running
  where id = :key_id
 returning vtime;
 
@@ -80,17 +75,27 @@ select * from predictions where id = :id;
 
 -- claim_jobs --
 -- Up to :limit waiting jobs go to one worker, in one statement. Of the 64 due next, those whose LoRAs are loaded
--- already go first, but only within a stretch of :bucket units of fair share, so nobody waits long for affinity.
-with due as (
-    select id, priority, fair, lora_key from predictions
-     where status = 'created' and not withdrawn and pool = :pool
+-- already go first, but only within a stretch of :bucket units of fair share, so nobody waits long for affinity. Keys
+-- that may run only so many jobs get no more than that, and do not stand in the way of others. (Some conditions are said
+-- in a roundabout way, so that PostgreSQL, which believes that next to nothing waits, takes the index that is in order
+-- and then looks at 64 rows by their ids, not at all that wait, 64 times.)
+with room as (
+    select key_id, places from $places as limited),
+front as (
+    select id, key_id, priority, fair, lora_key from predictions
+     where status = 'created' and (withdrawn or false) = false and pool = :pool
+       and key_id not in (select key_id from room where places <= 0)
      order by priority desc, fair, id limit 64),
-head as (
-    select min(fair) as fair from due),
+due as (
+    select front.*, row_number() over (partition by front.key_id order by priority desc, fair, id) as place,
+           room.places
+      from front left join room on room.key_id = front.key_id),
 chosen as (
-    select p.id from predictions p join due on due.id = p.id cross join head
-     where p.status = 'created' and not p.withdrawn
-     order by due.priority desc, floor((due.fair - head.fair) / :bucket), $missing_loras, due.fair, p.id
+    select p.id from predictions p join due on due.id = p.id
+     where p.id $is_due and p.status || '' = 'created' and (p.withdrawn or false) = false
+       and (due.places is null or due.place <= due.places)
+     order by due.priority desc, floor((due.fair - (select min(fair) from due)) / :bucket), $missing_loras, due.fair,
+              p.id
      limit :limit $skip_locked)
 update predictions
    set status = 'processing', attempt = attempt + 1, lease_owner = :worker, lease_until = $now + :lease,
@@ -147,6 +152,10 @@ select p.id, p.attempt,
  where p.status = 'processing' and p.lease_until < $now
  order by p.id $skip_locked;
 
+-- count_deaths --
+-- How many workers fell silent while they ran a job.
+select count(*) from attempts where prediction_id = :id and outcome = 'lease_lost';
+
 -- start_attempt --
 -- A worker begins to run a job.
 insert into attempts (prediction_id, attempt, worker, started_at) values (:id, :attempt, :worker, $now);
@@ -154,6 +163,10 @@ insert into attempts (prediction_id, attempt, worker, started_at) values (:id, :
 -- end_attempt --
 -- How a worker's run of a job ended.
 update attempts set ended_at = $now, outcome = :outcome where prediction_id = :id and attempt = :attempt;
+
+-- outcome_of_attempt --
+-- How a worker's run of a job ended, if it has.
+select outcome from attempts where prediction_id = :id and attempt = :attempt;
 
 -- record_event --
 -- What happened to a job, in the transaction that made it happen.

@@ -1,0 +1,149 @@
+"""``make fuzz``: bytes that grow ever stranger, for so many seconds a target, each target in a process of its own.
+
+Knows atheris (coverage-guided, where it is installed) and a plain mutator that needs nothing. A finding's bytes are
+left in ``corpus/<target>/``, from where ``test_fuzz.py`` plays them back for ever after.
+
+    python -m tests.security.fuzz [TARGET …] [--seconds 300] [--plain]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.security.fuzz_targets import CORPUS, TARGETS, inputs
+
+MAX_LENGTH = 65536  # bytes of an input that is made
+HANG_SECONDS = 20
+
+
+def rss() -> int:
+    """Peak memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def mutated(data: bytes, rng: random.Random, others: list[bytes], words: tuple[str, ...]) -> bytes:
+    """Change a few places of ``data``."""
+    result = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(len(result) + 1)
+        span = rng.randint(1, 8)
+        match rng.randrange(7):
+            case 0:
+                result[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del result[at : at + span]
+            case 2 if words:
+                result[at:at] = rng.choice(words).encode()
+            case 3:
+                other = rng.choice(others)
+                start = rng.randrange(len(other) + 1)
+                result[at : at + span] = other[start : start + rng.randint(1, 64)]
+            case 4:
+                result[at : at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"))
+            case 5:
+                result[at:at] = rng.choice((b"9" * 20, b"[", b"{", b'"', b"-", b"\\u0000", b"e99"))
+            case _:
+                result[at : at + span] = result[at : at + span] * rng.randint(2, 20)
+    return bytes(result[:MAX_LENGTH])
+
+
+def plainly(name: str, seconds: float, seed: int = 0) -> int:
+    """Run a target on its inputs and on changes of them; return how many there were. Raises what the target raises."""
+    target, rng = TARGETS[name], random.Random(seed)
+    known = list(inputs(name))
+    for data in known:
+        _watched(name, data)
+    before, ends, count = rss(), time.monotonic() + seconds, len(known)
+    while time.monotonic() < ends:
+        _watched(name, mutated(rng.choice(known), rng, known, target.words))
+        count += 1
+    grown = rss() - before
+    print(f"{name}: {count} inputs, {grown} MB more than after the seeds (cap {target.cap})", flush=True)
+    assert grown <= target.cap, f"{name}: memory grew by {grown} MB"
+    return count
+
+
+def _watched(name: str, data: bytes) -> None:
+    started = time.monotonic()
+    try:
+        TARGETS[name].run(data)
+    except Exception:
+        print(f"finding: {_kept(name, data)}", flush=True)
+        raise
+    if time.monotonic() - started > HANG_SECONDS:
+        raise AssertionError(f"{name} takes {time.monotonic() - started:.0f} s on {_kept(name, data)}")
+
+
+def _kept(name: str, data: bytes) -> Path:
+    folder = CORPUS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"found-{hashlib.sha256(data).hexdigest()[:16]}"
+    file.write_bytes(data)
+    return file
+
+
+def guided(name: str, seconds: float) -> None:
+    """Run a target under atheris, in this process, which ends with it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["impasto"]):
+        from impasto.api import pictures, submission  # noqa: F401
+        from impasto.lora import formats, gate  # noqa: F401
+    target = TARGETS[name]
+    fresh, dictionary = Path(tempfile.mkdtemp()), Path(tempfile.mkstemp()[1])
+    for index, data in enumerate(inputs(name)):
+        (fresh / f"seed{index:03}").write_bytes(data)
+        target.run(data)
+    dictionary.write_text("".join(f'"{word}"\n' for word in target.words))
+    (CORPUS / name).mkdir(parents=True, exist_ok=True)
+    options = [
+        f"-max_total_time={seconds:g}", f"-max_len={MAX_LENGTH}", f"-timeout={HANG_SECONDS}",
+        f"-rss_limit_mb={rss() + target.cap + 100}",  # the fuzzer's own tables need some, too
+        f"-artifact_prefix={CORPUS / name}/found-", f"-dict={dictionary}", "-verbosity=1", "-print_final_stats=1",
+    ]  # fmt: skip
+    print(f"{name}: {rss()} MB after the seeds", flush=True)
+    atheris.Setup([sys.argv[0], *options, str(fresh)], target.run)
+    atheris.Fuzz()
+
+
+def has_atheris() -> bool:
+    """Whether the guided fuzzer is installed."""
+    return importlib.util.find_spec("atheris") is not None
+
+
+def main() -> int:
+    """Run each target in a process of its own; return how many found something."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--plain", action="store_true", help="without atheris")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.inside:
+        [name] = asked.targets
+        (plainly if asked.plain else guided)(name, asked.seconds)
+        return 0
+    failed = 0
+    for name in asked.targets or TARGETS:
+        command = [sys.executable, "-m", "tests.security.fuzz", name, "--inside", "--seconds", str(asked.seconds)]
+        plain = asked.plain or not has_atheris()
+        child = subprocess.Popen(command + ["--plain"] * plain, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        print(f"== {name}: exit {child.returncode}, peak {usage.ru_maxrss // 1024} MB", flush=True)
+        failed += child.returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
