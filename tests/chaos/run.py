@@ -32,6 +32,8 @@ POSTGRES_SHARE = 0.1  # of what is done, where there is a PostgreSQL
 STARTING_SHARE = 0.1  # of blows that fall though half of the processes of a kind are not at work
 READY = {"api": "startup complete", "worker": "taking jobs"}
 START_SECONDS = 60.0
+LEAST_ACCEPTED = 10  # jobs; fewer prove little, so that a short run on a busy machine goes on
+PATIENCE = 60.0  # seconds, at most
 ACTS = ("kill", "kill", "kill", "stop", "term")
 
 
@@ -157,7 +159,8 @@ class Chaos:
 
     def _torment(self, until: float) -> None:
         """Do something bad about every second, as far as the machine is quick enough to have something at work."""
-        while time.monotonic() < until:
+        latest = until + PATIENCE
+        while (now := time.monotonic()) < until or (len(self._seen.accepted) < LEAST_ACCEPTED and now < latest):
             time.sleep(self._chances.uniform(*GAP))
             if self._postgres is not None and self._chances.random() < POSTGRES_SHARE:
                 self._postgres.kill()
