@@ -28,7 +28,7 @@ from impasto.jobs.keys import KeyStore
 from impasto.jobs.outputs import OutputStore
 from impasto.jobs.records import Job, Lease, Output
 from impasto.jobs.store import JobStore
-from impasto.worker.backend import FakeBackend
+from impasto.worker.backend import Backend, FakeBackend
 from impasto.worker.loop import WorkerLoop
 
 MODEL = "wavespeed-ai/sdxl-lora"
@@ -89,10 +89,10 @@ class Stack:
             self.complete(job)
 
     @contextmanager
-    def worker(self) -> Iterator[None]:
+    def worker(self, backend: Backend | None = None, **options: Any) -> Iterator[None]:
         """Finish everything that comes, in the background, with the real loop and a backend that draws patterns."""
-        backend = FakeBackend(step_seconds=0.001)
-        loop = WorkerLoop(self.store, self.outputs, backend, name="fake", lora_dir=self.settings.lora_dir)
+        backend = backend or FakeBackend(step_seconds=0.001)
+        loop = WorkerLoop(self.store, self.outputs, backend, name="fake", lora_dir=self.settings.lora_dir, **options)
         thread = threading.Thread(target=loop.run)
         thread.start()
         try:

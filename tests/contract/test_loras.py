@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,6 @@ from impasto.jobs.records import Lease
 from impasto.lora.report import LoraReport
 from impasto.types import Event, Finished, GenerationRequest
 from impasto.worker.backend import FakeBackend
-from impasto.worker.loop import WorkerLoop
 
 from .conftest import MODEL, Stack, read, submit
 
@@ -54,14 +52,8 @@ def worker(stack: Stack) -> Iterator[None]:
         file = stack.settings.lora_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"never read by this backend")
-    loop = WorkerLoop(stack.store, stack.outputs, ReportingBackend(), name="fake", lora_dir=stack.settings.lora_dir)
-    thread = threading.Thread(target=loop.run)
-    thread.start()
-    try:
+    with stack.worker(ReportingBackend()):
         yield
-    finally:
-        loop.stop()
-        thread.join(10)
 
 
 LORAS = [{"path": "fox", "scale": 0.8}, {"path": "owner/line", "scale": 1.5}]

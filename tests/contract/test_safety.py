@@ -7,10 +7,9 @@ import hashlib
 import io
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +24,6 @@ from impasto.safety.denylist import DenyList
 from impasto.safety.gate import SafetyGate
 from impasto.types import Event, GenerationRequest, ImageReady, Preview, seed_of_image
 from impasto.worker.backend import FakeBackend
-from impasto.worker.loop import WorkerLoop
 from impasto.worker.previews import thumbnail
 from tests.receiver import receiving
 
@@ -73,25 +71,9 @@ class SentinelBackend(FakeBackend):
         return [*(ImageReady(request_id, e.index, e.seed, sentinel(e.seed, *e.image.size)) for e in drawn), finished]
 
 
-@contextmanager
-def worker(stack: Stack, gate: SafetyGate) -> Iterator[None]:
+def worker(stack: Stack, gate: SafetyGate) -> AbstractContextManager[None]:
     """The real loop behind a gate."""
-    loop = WorkerLoop(
-        stack.store,
-        stack.outputs,
-        SentinelBackend(0.02),
-        name="w",
-        lora_dir=stack.settings.lora_dir,
-        previews=True,
-        safety=gate,
-    )
-    thread = threading.Thread(target=loop.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        loop.stop()
-        thread.join(20)
+    return stack.worker(SentinelBackend(0.02), previews=True, safety=gate)
 
 
 @pytest.fixture

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.contract.conftest import Stack, serving
+from tests.contract.conftest import Stack, serve, stack
 
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One service for all tests of a file."""
-    with serving(tmp_path_factory.mktemp("data")) as running:
-        yield running
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Callable[..., AbstractContextManager[Stack]]:
-    """Start another service, with settings of its own."""
-    return lambda **overrides: serving(tmp_path / "data", **overrides)
+__all__ = ["serve", "stack"]  # the fixtures of the contract tests serve here, too
 
 
 class Raw:

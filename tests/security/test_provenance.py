@@ -8,9 +8,7 @@ import io
 import json
 import re
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +24,6 @@ from impasto.metadata import MAX_PROMPT_CHARS, Ingredient, as_exif, into_png, pa
 from impasto.models.catalog import BUILTIN_FOLDER
 from impasto.types import SCHEDULERS, GenerationRequest
 from impasto.worker.backend import FakeBackend
-from impasto.worker.loop import WorkerLoop
 from impasto.worker.provenance import HASHES_FILE, Provenance, plain_name
 from tests.contract.conftest import Stack, read, submit
 
@@ -124,24 +121,9 @@ def lora_file(path: Any) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@contextmanager
-def working(stack: Stack) -> Iterator[None]:
+def working(stack: Stack) -> AbstractContextManager[None]:
     """A worker as the process makes it, but for the network."""
-    loop = WorkerLoop(
-        stack.store,
-        stack.outputs,
-        FakeBackend(0.0),
-        name="fake",
-        lora_dir=stack.settings.lora_dir,
-        provenance=Provenance.of(stack.settings, "cpu"),
-    )
-    thread = threading.Thread(target=loop.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        loop.stop()
-        thread.join(10)
+    return stack.worker(FakeBackend(0.0), provenance=Provenance.of(stack.settings, "cpu"))
 
 
 def finished(stack: Stack, **body: Any) -> dict[str, Any]:

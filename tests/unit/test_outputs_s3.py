@@ -84,3 +84,16 @@ def test_a_bucket_that_is_not_there_says_try_again(outputs, monkeypatch):
     with pytest.raises(Unavailable):
         away.probe()
     assert time.monotonic() - began < 15
+
+
+def test_a_server_without_the_bucket_says_try_again_too(outputs):
+    """It may be starting; only a bucket that is there can say that a file of its is not."""
+    away, blob = OutputStore("s3://another/prefix"), f"{JOB}/1-{'a' * 32}/0.png"
+    with pytest.raises(Unavailable):
+        away.put(JOB, 1, 0, b"x", "image/png")
+    with pytest.raises(Unavailable):
+        away.get(blob)
+    with pytest.raises(Unavailable):
+        away.probe()
+    with pytest.raises(NotFound):
+        outputs.get(blob)

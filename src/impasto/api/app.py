@@ -66,6 +66,29 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
     No cross-origin access is allowed unless the settings name origins: the page at ``/`` is served from here, too, and
     signs its requests with a key.
     """
+    service = _service(settings, store, keys, outputs)
+    deliverer = Deliverer.of(service)
+
+    app = FastAPI(
+        title="Impasto",
+        description="Pictures from text with SDXL and LoRAs.",
+        version="1",
+        lifespan=_lifespan,
+        docs_url=None,  # the stock pages load scripts from other hosts
+        redoc_url=None,
+    )
+    app.state.service, app.state.deliverer = service, deliverer
+    errors.install(app)
+    app.add_middleware(Counting, traffic=service.traffic)
+    app.add_middleware(Tracing, audit=AuditLog(settings.audit_log) if settings.audit_log else None)
+    app.add_middleware(Spelling)
+    edge.install(app, settings)
+    _include_routes(app, settings)
+    return app
+
+
+def _service(settings: Settings, store: JobStore, keys: KeyStore, outputs: OutputStore) -> Service:
+    """Make what the routes work with."""
     limits = limits_of(settings)
     received = UploadStore(
         store.engine, outputs, kept=settings.upload_seconds, quota=settings.upload_quota, limits=limits
@@ -73,7 +96,7 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
     past = History(store.engine, outputs)
     changes, pictures = Changes(ChangeWatcher(store)), PictureSource.of(settings, outputs, received)
     poster, glances = poster_of(settings), JobGlances(store.engine)
-    service = Service(
+    return Service(
         settings,
         store,
         outputs,
@@ -97,42 +120,33 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
         limits=limits,
         disk=DiskRoom.of(settings),
     )
-    deliverer = Deliverer.of(service)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        to_thread.current_default_thread_limiter().total_tokens = THREADS
-        if not gc.get_freeze_count():  # what start-up made stays; walking it at each full collection held all up
-            gc.collect()
-            gc.freeze()
-        if deliverer:
-            deliverer.start()
-        async with cleaning(service):
-            yield
-        if deliverer:
-            await to_thread.run_sync(deliverer.stop)
-        service.listeners.close()
-        await service.changes.close()
 
-    app = FastAPI(
-        title="Impasto",
-        description="Pictures from text with SDXL and LoRAs.",
-        version="1",
-        lifespan=lifespan,
-        docs_url=None,  # the stock pages load scripts from other hosts
-        redoc_url=None,
-    )
-    app.state.service, app.state.deliverer = service, deliverer
-    errors.install(app)
-    app.add_middleware(Counting, traffic=service.traffic)
-    app.add_middleware(Tracing, audit=AuditLog(settings.audit_log) if settings.audit_log else None)
-    app.add_middleware(Spelling)
-    edge.install(app, settings)
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start what goes on beside the requests, and end it when the service stops."""
+    service, deliverer = app.state.service, app.state.deliverer
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    if not gc.get_freeze_count():  # what start-up made stays; walking it at each full collection held all up
+        gc.collect()
+        gc.freeze()
+    if deliverer:
+        deliverer.start()
+    async with cleaning(service):
+        yield
+    if deliverer:
+        await to_thread.run_sync(deliverer.stop)
+    service.listeners.close()
+    await service.changes.close()
+
+
+def _include_routes(app: FastAPI, settings: Settings) -> None:
+    """Include every dialect's routes; the first that fits answers."""
     app.include_router(predictions.router())  # polls are nearly all requests, and routers are tried in turn
     app.include_router(health.router())
     app.include_router(metrics.router(settings))
     app.include_router(events.router())
-    # The first route that fits answers: the submit routes end in a catch-all, so they come last.
+    # The submit routes end in a catch-all, so they come last.
     for routes in (
         playground.router(),
         files.router(),
@@ -145,4 +159,3 @@ def create_app(settings: Settings, store: JobStore, keys: KeyStore, outputs: Out
         wavespeed.router(),
     ):
         app.include_router(routes)
-    return app

@@ -8,27 +8,22 @@ first address; keeps a token for the one site it is for; asks for bytes as they 
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from typing import Any, Final
 
 import httpcore
 import httpx
 
-from impasto.fetch.addresses import Origin, Policy, origin_of
+from impasto.fetch.addresses import Origin, origin_of
+from impasto.fetch.dial import TROUBLE, Dialler, streamed
 from impasto.fetch.failure import FetchFailed, Reason, unreachable
-from impasto.fetch.guard import Clock, PinnedBackend, Resolver, resolve
+from impasto.fetch.guard import Clock
 
 MAX_REDIRECTS: Final = 3
 MAX_JSON_BYTES: Final = 8_000_000
-SILENCE_SECONDS: Final = 20.0  # longest wait for the next bytes
-_AGENT: Final = f"impasto/{version('impasto')}"
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_TROUBLE: Final = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +102,8 @@ class Answer:
             raise FetchFailed("too_large", f"is too large: {most}; give a smaller file")
 
 
-class Client:
-    """Fetches from other hosts; safe to share between threads.
-
-    Args:
-        policy: What may be fetched.
-        resolver: Turns names into addresses; the system's by default.
-        tls: How certificates are checked; by default as usual, with ``SSL_CERT_FILE`` for an authority of one's own.
-    """
-
-    def __init__(self, policy: Policy, *, resolver: Resolver = resolve, tls: ssl.SSLContext | None = None) -> None:
-        self._policy = policy
-        self._resolver = resolver
-        self._given_tls = tls
+class Client(Dialler):
+    """Fetches from other hosts; safe to share between threads."""
 
     @contextmanager
     def open(
@@ -146,10 +130,7 @@ class Client:
         target, first = self._policy.read_url(url), None
         own = origin_of(target) in self._policy.origins
         with ExitStack() as closing:
-            backend = PinnedBackend(self._policy, clock, self._resolver)
-            pool = closing.enter_context(
-                httpcore.ConnectionPool(self._tls, max_keepalive_connections=0, network_backend=backend)
-            )
+            pool = closing.enter_context(self._pool(clock))
             for _ in range(MAX_REDIRECTS + 1):
                 token = token if token and token.origin == origin_of(target) else None
                 hop = ExitStack()
@@ -187,23 +168,15 @@ class Client:
         except FetchFailed as failure:
             raise FetchFailed(failure.reason, f"redirects to an address that {failure}") from None
 
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        return self._given_tls or httpx.create_ssl_context()
-
 
 def _get(
     hop: ExitStack, pool: httpcore.ConnectionPool, url: httpx.URL, headers: Mapping[str, str], token: Token | None
 ) -> httpcore.Response:
-    sent: dict[bytes | str, bytes | str] = {"Host": url.netloc, "User-Agent": _AGENT, "Accept": "*/*"}
-    sent |= {"Accept-Encoding": "identity"}
-    sent.update(headers.items())
+    sent = {"Accept": "*/*", "Accept-Encoding": "identity", **headers}
     if token is not None:
         sent["Authorization"] = f"Bearer {token.secret}"
-    where = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-    timeout = {"connect": SILENCE_SECONDS, "read": SILENCE_SECONDS, "write": SILENCE_SECONDS, "pool": SILENCE_SECONDS}
     with _told("unreachable"):
-        return hop.enter_context(pool.stream("GET", where, headers=sent, extensions={"timeout": timeout}))
+        return hop.enter_context(streamed(pool, "GET", url, sent))
 
 
 def _headers(response: httpcore.Response) -> dict[str, str]:
@@ -215,7 +188,7 @@ def _told(reason: Reason) -> Iterator[None]:
     """Turn trouble with a connection into a failure that tells nothing of the network here."""
     try:
         yield
-    except _TROUBLE:
+    except TROUBLE:
         if reason == "unreachable":
             raise unreachable() from None
         raise FetchFailed(reason, "broke off before its end: try again") from None

@@ -206,11 +206,12 @@ def _open(root: str) -> ObjectStore:
 
 @contextmanager
 def _answering() -> Iterator[None]:
+    """Tell files that are not there from a disk or bucket that is not; the bucket itself may be what is not found."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (BaseError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error):
+            raise
         raise Unavailable("files cannot be stored or read now; try again in a few seconds") from error
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from impasto.lora.patch import Patch
+from impasto.lora.patches.rotations import Rotation, column, covers
 
 
 def half_cayley(blocks: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def half_cayley(blocks: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputButterfly(Patch):
+class InputButterfly(Rotation):
     """``W' = rescale * W (B_m … B_1)^T``; at strength ``s`` it is ``W + s * (W' - W)``.
 
     ``B_i = P_i R_i P_i^T``: stage ``i`` (from 0) takes the inputs in groups of ``2^i`` blocks, and in each the half
@@ -38,20 +38,8 @@ class InputButterfly(Patch):
     """
 
     kind: ClassVar[str] = "BOFT"
-    additive: ClassVar[bool] = False
 
-    turn: Tensor
     rescale: Tensor | None = None
-
-    @property
-    def rank(self) -> None:
-        """It has none."""
-        return
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The inputs, which are all it knows."""
-        return (self.turn.shape[1] * self.turn.shape[-1],)
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether the blocks cover the inputs, and every stage's groups divide them."""
@@ -59,7 +47,7 @@ class InputButterfly(Patch):
         if len(shape) < 2 or torch.Size(shape[1:]).numel() != self.shape[0] or stages > blocks.bit_length():
             return False
         whole_groups = stages == 1 or (size % 2 == 0 and blocks % 2 ** (stages - 1) == 0)
-        return whole_groups and (self.rescale is None or self.rescale.numel() == shape[0])
+        return whole_groups and covers(self.rescale, shape[0])
 
     def patched(self, weight: Tensor, strength: float) -> Tensor:
         """Return the turned weight, float32."""
@@ -75,7 +63,7 @@ class InputButterfly(Patch):
             rows = (turned + blocks @ turned).reshape(rows.shape)[order]
         whole = rows.T.reshape(base.shape)
         if self.rescale is not None:
-            whole = whole * self.rescale.float().to(weight.device).reshape(-1, *[1] * (base.ndim - 1))
+            whole = whole * column(self.rescale, base)
         return torch.lerp(base, whole, strength)
 
 

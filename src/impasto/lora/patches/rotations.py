@@ -78,19 +78,16 @@ def block_size(above: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OutputRotated(Patch):
-    """``W' = rescale * R^T W``, ``R`` block-diagonal over the outputs; at strength ``s`` it is ``W + s * (W' - W)``.
+class Rotation(Patch):
+    """What turns of every kind have in common: small square blocks along one axis of the weight.
 
     Attributes:
-        turn: ``R - I``, ``[n, b, b]`` with ``n * b = out``.
-        rescale: ``[out]``, if trained.
+        turn: ``R - I``, ``[..., n, b, b]``.
     """
 
-    kind: ClassVar[str] = "diag-OFT"
     additive: ClassVar[bool] = False
 
     turn: Tensor
-    rescale: Tensor | None = None
 
     @property
     def rank(self) -> None:
@@ -99,12 +96,26 @@ class OutputRotated(Patch):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The outputs, which are all it knows."""
+        """The axis that the blocks cover, which is all it knows."""
         return (self.turn.shape[-3] * self.turn.shape[-1],)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputRotated(Rotation):
+    """``W' = rescale * R^T W``, ``R`` block-diagonal over the outputs; at strength ``s`` it is ``W + s * (W' - W)``.
+
+    Attributes:
+        turn: ``R - I``, ``[n, b, b]`` with ``n * b = out``.
+        rescale: ``[out]``, if trained.
+    """
+
+    kind: ClassVar[str] = "diag-OFT"
+
+    rescale: Tensor | None = None
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether the blocks cover the outputs."""
-        return len(shape) > 1 and self.shape[0] == shape[0] and _covers(self.rescale, shape[0])
+        return len(shape) > 1 and self.shape[0] == shape[0] and covers(self.rescale, shape[0])
 
     def patched(self, weight: Tensor, strength: float) -> Tensor:
         """Return the turned weight, float32."""
@@ -114,13 +125,13 @@ class OutputRotated(Patch):
         rows = base.reshape(*turn.shape[:2], -1)
         change = torch.einsum("nij,nik->njk", turn, rows).reshape(base.shape)
         if self.rescale is not None:
-            rescale = _column(self.rescale, base)
+            rescale = column(self.rescale, base)
             change = rescale * change + (rescale - 1) * base
         return base + strength * change
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Butterfly(Patch):
+class Butterfly(Rotation):
     """``W' = rescale * B_m … B_1 W``, stage ``i`` turning pairs of half-blocks that lie ``2^i`` half-blocks apart.
 
     At strength ``s`` every factor goes that part of its way: each rotation is ``I + s * (R - I)``, as LyCORIS trains
@@ -132,27 +143,15 @@ class Butterfly(Patch):
     """
 
     kind: ClassVar[str] = "BOFT"
-    additive: ClassVar[bool] = False
 
-    turn: Tensor
     rescale: Tensor | None = None
-
-    @property
-    def rank(self) -> None:
-        """It has none."""
-        return
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The outputs, which are all it knows."""
-        return (self.turn.shape[1] * self.turn.shape[-1],)
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether the blocks cover the outputs, and the widest stage divides them."""
         stages, _, _, size = self.turn.shape
         if len(shape) < 2 or size % 2 or self.shape[0] != shape[0] or stages > shape[0].bit_length():
             return False
-        return shape[0] % (size * 2 ** (stages - 1)) == 0 and _covers(self.rescale, shape[0])
+        return shape[0] % (size * 2 ** (stages - 1)) == 0 and covers(self.rescale, shape[0])
 
     def patched(self, weight: Tensor, strength: float) -> Tensor:
         """Return the turned weight, float32."""
@@ -168,12 +167,12 @@ class Butterfly(Patch):
             turned = rows.reshape(-1, apart, 2, turned.shape[1]).transpose(1, 2).reshape(turned.shape)
         turned = turned.reshape(weight.shape)
         if self.rescale is not None:
-            turned = turned * (1 + strength * (_column(self.rescale, turned) - 1))
+            turned = turned * (1 + strength * (column(self.rescale, turned) - 1))
         return turned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputRotated(Patch):
+class InputRotated(Rotation):
     """``W' = W R^T``, ``R`` block-diagonal over the inputs (with a convolution's window); linear in the strength.
 
     Attributes:
@@ -181,19 +180,6 @@ class InputRotated(Patch):
     """
 
     kind: ClassVar[str] = "OFTv2"
-    additive: ClassVar[bool] = False
-
-    turn: Tensor
-
-    @property
-    def rank(self) -> None:
-        """It has none."""
-        return
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The inputs, which are all it knows."""
-        return (self.turn.shape[0] * self.turn.shape[-1],)
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether the blocks cover the inputs."""
@@ -211,9 +197,11 @@ class InputRotated(Patch):
         return base + strength * torch.einsum("onk,nck->onc", rows, turn).reshape(base.shape)
 
 
-def _covers(rescale: Tensor | None, outputs: int) -> bool:
+def covers(rescale: Tensor | None, outputs: int) -> bool:
+    """Whether a rescale, if there is one, has a number for each output."""
     return rescale is None or rescale.numel() == outputs
 
 
-def _column(rescale: Tensor, weight: Tensor) -> Tensor:
+def column(rescale: Tensor, weight: Tensor) -> Tensor:
+    """Return the rescale as a factor of each of the weight's outputs."""
     return rescale.float().to(weight.device).reshape(-1, *[1] * (weight.ndim - 1))
