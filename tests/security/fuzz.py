@@ -1,7 +1,7 @@
 """``make fuzz``: bytes that grow ever stranger, for so many seconds a target, each target in a process of its own.
 
-Knows atheris (coverage-guided, where it is installed) and a plain mutator that needs nothing. A finding's bytes are
-left in ``corpus/<target>/``, from where ``test_fuzz.py`` plays them back for ever after.
+Knows a plain mutator that needs nothing, and starts ``fuzz_guided`` in its place where atheris is installed. A
+finding's bytes are left in ``corpus/<target>/``, from where ``test_fuzz.py`` plays them back for ever after.
 
     python -m tests.security.fuzz [TARGET …] [--seconds 300] [--plain]
 """
@@ -16,7 +16,6 @@ import random
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -92,30 +91,6 @@ def _kept(name: str, data: bytes) -> Path:
     return file
 
 
-def guided(name: str, seconds: float) -> None:
-    """Run a target under atheris, in this process, which ends with it."""
-    import atheris
-
-    with atheris.instrument_imports(include=["impasto"]):
-        from impasto.api import pictures, submission  # noqa: F401
-        from impasto.lora import formats, gate  # noqa: F401
-    target = TARGETS[name]
-    fresh, dictionary = Path(tempfile.mkdtemp()), Path(tempfile.mkstemp()[1])
-    for index, data in enumerate(inputs(name)):
-        (fresh / f"seed{index:03}").write_bytes(data)
-        target.run(data)
-    dictionary.write_text("".join(f'"{word}"\n' for word in target.words))
-    (CORPUS / name).mkdir(parents=True, exist_ok=True)
-    options = [
-        f"-max_total_time={seconds:g}", f"-max_len={MAX_LENGTH}", f"-timeout={HANG_SECONDS}",
-        f"-rss_limit_mb={rss() + target.cap + 100}",  # the fuzzer's own tables need some, too
-        f"-artifact_prefix={CORPUS / name}/found-", f"-dict={dictionary}", "-verbosity=1", "-print_final_stats=1",
-    ]  # fmt: skip
-    print(f"{name}: {rss()} MB after the seeds", flush=True)
-    atheris.Setup([sys.argv[0], *options, str(fresh)], target.run)
-    atheris.Fuzz()
-
-
 def has_atheris() -> bool:
     """Whether the guided fuzzer is installed."""
     return importlib.util.find_spec("atheris") is not None
@@ -130,14 +105,14 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.inside:
-        [name] = asked.targets
-        (plainly if asked.plain else guided)(name, asked.seconds)
+        plainly(*asked.targets, asked.seconds)
         return 0
     failed = 0
     for name in asked.targets or TARGETS:
-        command = [sys.executable, "-m", "tests.security.fuzz", name, "--inside", "--seconds", str(asked.seconds)]
-        plain = asked.plain or not has_atheris()
-        child = subprocess.Popen(command + ["--plain"] * plain, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "tests.security.fuzz_guided", name, str(asked.seconds)]
+        if asked.plain or not has_atheris():
+            command = [sys.executable, "-m", "tests.security.fuzz", name, "--inside", "--seconds", str(asked.seconds)]
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         print(f"== {name}: exit {child.returncode}, peak {usage.ru_maxrss // 1024} MB", flush=True)
