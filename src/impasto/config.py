@@ -213,6 +213,8 @@ class Settings(_Layered):
     embed_metadata: bool = Field(
         True, description="Write prompt, seed and parameters into picture files; requests can decline."
     )
+    c2pa_certificate: Path | None = Field(None, description="Certificate chain (PEM) to sign pictures with by C2PA.")
+    c2pa_key: Path | None = Field(None, description="That certificate's private key (PEM, no password).")
     reproduction_record: bool = Field(
         True, description="Tell with each finished prediction what it takes to make it again: hashes, versions, device."
     )

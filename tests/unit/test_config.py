@@ -77,6 +77,8 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "webhook_pause": ("0.5", 0.5),
     "webhook_signatures": ("both", "both"),
     "embed_metadata": ("false", False),
+    "c2pa_certificate": ("chain.pem", Path("chain.pem")),
+    "c2pa_key": ("key.pem", Path("key.pem")),
     "reproduction_record": ("false", False),
     "safety_checker": ("builtin, hf:/models/nsfw#medium+high", "builtin, hf:/models/nsfw#medium+high"),
     "safety_threshold": ("builtin=0.6, hf=0.5", {"builtin": 0.6, "hf": 0.5}),

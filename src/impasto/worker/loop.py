@@ -300,7 +300,7 @@ class WorkerLoop:
         file_format: OutputFormat = running.job.input["output"]["format"]
         content_type = CONTENT_TYPES[file_format]
         image, nsfw = self._safety.passed(event.image, running.wants_check)
-        data = encode_image(image, file_format, running.text(event.seed))
+        data = running.signed(encode_image(image, file_format, running.text(event.seed)), content_type)
         blob = self._publisher.picture(running.lease, event.index, data, content_type)
         width, height = image.size
         running.outputs[event.index] = Output(

@@ -71,7 +71,13 @@ def make_safety(settings: Settings) -> SafetyGate:
     )
 
 
-def make_loop(settings: Settings, backend: Backend, name: str, safety: SafetyGate | None = None) -> WorkerLoop:
+def make_loop(
+    settings: Settings,
+    backend: Backend,
+    name: str,
+    safety: SafetyGate | None = None,
+    provenance: Provenance | None = None,
+) -> WorkerLoop:
     """Open the store and build the loop around a backend; ``name`` is unique among all workers."""
     database = open_database(settings.database)
     upgrade(database, DATABASE_SECONDS)
@@ -90,7 +96,7 @@ def make_loop(settings: Settings, backend: Backend, name: str, safety: SafetyGat
         previews=settings.previews,
         reports=WorkerReports(database),
         safety=safety or make_safety(settings),
-        provenance=Provenance.of(settings, backend.device),
+        provenance=provenance or Provenance.of(settings, backend.device),
         drain_seconds=settings.drain_seconds,
     )
 
@@ -101,10 +107,11 @@ def run(settings: Settings, name: str, *, stop_with_parent: bool = False) -> int
     try:
         safety = make_safety(settings)
         backend = make_backend(settings)
+        provenance = Provenance.of(settings, backend.device)
     except ImpastoError as error:
         log.error("%s", error)
         return EXIT_CONFIG
-    loop = make_loop(settings, backend, name, safety)
+    loop = make_loop(settings, backend, name, safety, provenance)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.stop())
     if stop_with_parent:

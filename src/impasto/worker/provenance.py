@@ -23,6 +23,7 @@ from impasto.errors import ImpastoError
 from impasto.metadata import Ingredient, parameters_text
 from impasto.models.catalog import find_model
 from impasto.types import GenerationRequest
+from impasto.worker.credentials import ContentCredentials
 from impasto.worker.loras import FoundLora
 from impasto.worker.naming import FAKE_MODEL
 
@@ -45,6 +46,7 @@ class Recipe:
     Attributes:
         record: For the row, as JSON values; ``None``: nothing is to be told.
         embeds: Whether the pictures' files tell it, too.
+        credentials: What signs the files; ``None``: nothing does.
     """
 
     request: GenerationRequest
@@ -52,12 +54,17 @@ class Recipe:
     loras: tuple[Ingredient, ...]
     record: Mapping[str, Any] | None
     embeds: bool
+    credentials: ContentCredentials | None = None
 
     def text(self, seed: int) -> str | None:
         """Return what to write into the file of the picture with this seed; ``None``: nothing."""
         if not self.embeds:
             return None
         return parameters_text(self.request, seed, self.model, self.loras, version("impasto"))
+
+    def signed(self, data: bytes, content_type: str) -> bytes:
+        """Return a picture's file with its credentials, or as it is."""
+        return self.credentials.signed(data, content_type) if self.credentials else data
 
 
 class Provenance:
@@ -67,6 +74,7 @@ class Provenance:
         model: The base model.
         setup: What the record says of the worker, as JSON values; ``None``: there are no records.
         embeds: Whether pictures' files tell how they were made, unless a request declines.
+        credentials: What signs pictures' files, whatever a request says.
     """
 
     def __init__(
@@ -75,16 +83,23 @@ class Provenance:
         setup: Mapping[str, Any] | None = None,
         *,
         embeds: bool = False,
+        credentials: ContentCredentials | None = None,
     ) -> None:
         self._model = model
         self._setup = setup
         self._embeds = embeds
+        self._credentials = credentials
 
     @classmethod
     def of(cls, settings: Settings, device: str) -> Provenance:
-        """Describe a worker whose model is loaded, and thus on disk; hashing it takes seconds, once for each file."""
+        """Describe a worker whose model is loaded, and thus on disk; hashing it takes seconds, once for each file.
+
+        Raises:
+            ConfigError: Pictures cannot be signed as the settings ask.
+        """
+        credentials = ContentCredentials.of(settings)
         if not settings.embed_metadata and not settings.reproduction_record:
-            return cls()
+            return cls(credentials=credentials)
         known = _KnownHashes(settings.data_dir / HASHES_FILE)
         model = _model(settings.model, known)
         setup: dict[str, Any] = {"programs": _versions(), "device": device, "dtype": settings.dtype}
@@ -93,7 +108,8 @@ class Provenance:
         if settings.refiner:
             refiner = _model(settings.refiner, known)
             setup["refiner"] = {"name": refiner.name, "sha256": refiner.sha256}
-        return cls(model, setup if settings.reproduction_record else None, embeds=settings.embed_metadata)
+        record = setup if settings.reproduction_record else None
+        return cls(model, record, embeds=settings.embed_metadata, credentials=credentials)
 
     def recipe(self, request: GenerationRequest, found: Sequence[FoundLora], wanted: bool) -> Recipe | None:
         """Return a job's; its LoRAs are hashed, so call it where that may take a moment.
@@ -104,7 +120,7 @@ class Provenance:
             wanted: Whether the request has something against telling it in the files.
         """
         embeds = self._embeds and wanted
-        if not embeds and self._setup is None:
+        if not embeds and self._setup is None and self._credentials is None:
             return None
         loras = tuple(
             Ingredient(plain_name(lora.path), _file_hash(one.file), lora.scale)
@@ -115,7 +131,7 @@ class Provenance:
         hashes = {name: _pixels_hash(picture) for name, picture in pictures.items() if picture is not None}
         if record is not None and hashes:
             record["pictures"] = hashes
-        return Recipe(request, self._model, loras, record, embeds)
+        return Recipe(request, self._model, loras, record, embeds, self._credentials)
 
 
 def _told(loras: Sequence[Ingredient], found: Sequence[FoundLora], request: GenerationRequest) -> list[dict[str, Any]]:

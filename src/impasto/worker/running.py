@@ -62,6 +62,10 @@ class Running:
         """Return what the file of the picture with this seed tells."""
         return self.recipe.text(seed) if self.recipe else None
 
+    def signed(self, data: bytes, content_type: str) -> bytes:
+        """Return a picture's file with its credentials, where the operator has it signed."""
+        return self.recipe.signed(data, content_type) if self.recipe else data
+
     @property
     def blobs(self) -> list[str]:
         """The pictures this attempt has stored."""
