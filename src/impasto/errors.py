@@ -14,6 +14,7 @@
     ├── TooManyRequests         429  over a limit of this key (``retry_after`` seconds)
     ├── Unavailable             503  try again later (``retry_after`` seconds)
     ├── ContentRefused          400  the safety checker flagged a picture
+    ├── PredictionFailed        500  a job of the server we are a client of ended without pictures
     ├── CheckFailed             500  the safety checker did not work, so nothing may be shown
     ├── ModelError              500  a checkpoint cannot be loaded
     ├── LoraError               400  a LoRA cannot be found, read or applied; ``field`` names it
@@ -32,6 +33,11 @@ class ImpastoError(Exception):
     status = 500
     field: str | None = None  # dotted path of the request field at fault, such as ``loras.0.scale``
 
+    @property
+    def located(self) -> str:
+        """The message for clients of the API, who know a field by its JSON pointer."""
+        return str(self)
+
 
 class FieldError(ImpastoError):
     """An error that points at one field of the request."""
@@ -42,6 +48,11 @@ class FieldError(ImpastoError):
         super().__init__(f"{field} {problem}")
         self.field = field
         self.problem = problem
+
+    @property
+    def located(self) -> str:
+        """The message with the field as a JSON pointer, ``""`` being the whole body."""
+        return f'Error at "/{self.field.replace(".", "/")}": {self.problem}' if self.field else self.problem
 
 
 class InvalidInput(FieldError):
@@ -116,6 +127,10 @@ class ContentRefused(ImpastoError):
     """The safety checker flagged a start picture, or a finished one where the operator gives none in its place."""
 
     status = 400
+
+
+class PredictionFailed(ImpastoError):
+    """A job of the server that we are a client of ended without pictures; the message is the server's."""
 
 
 class CheckFailed(ImpastoError):

@@ -79,6 +79,7 @@ def test_a_completed_prediction_reports_on_each_lora(stack: Stack, http: httpx.C
         "unmatched": {"count": 0, "first": []},
         "ignored": {"count": 0, "first": []},
         "base_model": "unknown",
+        "embeddings": [],
         "trigger_words": [],
         "sha256": "ab",
         "warnings": [],

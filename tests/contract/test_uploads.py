@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -367,6 +368,31 @@ def test_a_lora_is_found_by_its_owner_alone(stack: Stack, http: httpx.Client) ->
         assert loras.find(them, name) is None
     for name in ("mine.png", "owner/name", f"/uploads/{'0' * 32}.safetensors", "../mine"):
         assert loras.find(me, name) is None
+
+
+def archive(*names: str) -> bytes:
+    """A tar with a LoRA under each of these names."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(LORA)
+            tar.addfile(info, io.BytesIO(LORA))
+    return packed.getvalue()
+
+
+def test_an_archive_of_cog_sdxl_is_a_lora(stack: Stack, http: httpx.Client) -> None:
+    """As a form and by ticket; any other archive is refused, with what to do."""
+    data = archive("lora.safetensors")
+    sent = send(http, data, "trained_model.tar")
+    assert (sent["type"], sent["filename"]) == ("lora", "trained_model.tar")
+    assert announce(http, filename="trained_model.tar", size=len(data))["type"] == "lora"
+    job = stack.store.get(submit(http, loras=[{"path": sent["download_url"]}])["id"])
+    found = UploadedLoras.of(stack.settings, stack.store.engine, stack.outputs).find(job.key_id, "trained_model.tar")
+    assert found is not None
+    assert found.read_bytes() == data
+    refused = http.post(FORM, files={"file": ("trained_model.tar", archive("model.safetensors"))})
+    assert "no lora.safetensors in it; unpack it and give the .safetensors" in refusal(refused, 400)
 
 
 @pytest.fixture

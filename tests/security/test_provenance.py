@@ -216,7 +216,7 @@ def test_nothing_secret_gets_in(serve, tmp_path):
         ("ink", "ink"), ("styles/ink.safetensors", "ink"), ("https://h.example/a/ink.safetensors?token=s3cret", "ink"),
         ("https://user:s3cret@h.example/ink.safetensors#x", "ink"), ("C:\\loras\\ink.safetensors", "ink"),
         ("owner/ink@main", "ink@main"), ("a b:<c>,d", "a_b_c_d"), ("https://h.example/", "h.example"),
-        ("///", "unnamed"),
+        ("///", "unnamed"), ("https://h.example/x/trained_model.tar", "trained_model"),
     ],
 )  # fmt: skip
 def test_a_lora_is_called_by_its_last_word(path, name):

@@ -173,7 +173,9 @@ def test_a_lora_that_cannot_be_had_fails_its_job_alone(rig):
     bad, good = rig.submit("/nothing"), rig.submit()
     loop = rig.loop()
     turn_until(loop, lambda: rig.status(bad) is Status.FAILED)
-    assert rig.store.get(bad).error.startswith(f"loras.0.path '{rig.web.url}/nothing' was not found there")
+    assert rig.store.get(bad).error.startswith(
+        f"Error at \"/loras/0/path\": '{rig.web.url}/nothing' was not found there"
+    )
     turn_until(loop, lambda: rig.status(good) is Status.COMPLETED)
 
 

@@ -287,8 +287,42 @@ def test_bundled_embeddings_of_every_tool_are_told_as_such(tmp_path):
     contents = read(tmp_path, named(FLAT_KEY, low_rank()) | bundles)
     assert set(contents.ignored) == set(bundles)
     assert not contents.unmatched
-    (warning,) = LoraReport.of(contents, "a").warnings
-    assert all(word in warning for word in ("'inkwash'", "'a.b'", "'<fox>'", "were not applied"))
+    said, wordless = LoraReport.of(contents, "a").warnings
+    assert "for '<fox>', 'a.b', 'inkwash' that it brings was not applied: it is not for SDXL" in said
+    assert "was not applied: it stands there without its word" in wordless
+
+
+PEFT_HALVES = {"lora_A.weight": torch.ones(2, 6), "lora_B.weight": torch.ones(8, 2)}
+ALPHA_KNOWN = {
+    "nowhere": (PEFT_HALVES, None, False),
+    "a tensor": (PEFT_HALVES | {"alpha": torch.tensor(1.0)}, None, True),
+    "the metadata": (PEFT_HALVES, {"unet.lora_alpha": 4}, True),
+    "a pattern": (PEFT_HALVES, {"unet.alpha_pattern": {"to_k": 4}}, True),
+    "another module's pattern": (PEFT_HALVES, {"unet.alpha_pattern": {"to_q": 4}}, False),
+    "another network's": (PEFT_HALVES, {"text_encoder.lora_alpha": 4}, False),
+    "not PEFT's": (low_rank(), None, True),  # kohya's format has it in the file, or means the rank
+}
+
+
+@pytest.mark.parametrize("where", ALPHA_KNOWN)
+def test_a_peft_file_without_its_alpha_is_applied_with_a_warning(tmp_path, where):
+    """The guess is the rank, and the report says that it is one; where alpha is told, nothing is said."""
+    tensors, config, known = ALPHA_KNOWN[where]
+    metadata = config and {"lora_adapter_metadata": json.dumps(config)}
+    contents = read(tmp_path, named("unet." + KEY, tensors), metadata)
+    said = " ".join(LoraReport.of(contents, "a").warnings)
+    assert contents.unscaled == (0 if known else 1)
+    assert ("alpha was taken to be the rank" in said) is not known
+    if not known:
+        assert contents.patches[Target("unet", KEY)].scale == 1
+
+
+def test_pefts_configuration_beside_the_file_tells_its_alpha(tmp_path):
+    """As PEFT saves its folder."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    contents = read(tmp_path, named("base_model.model." + KEY, PEFT_HALVES), name="adapter_model.safetensors")
+    assert contents.unscaled == 0
+    assert contents.patches[Target("unet", KEY)].scale == 2
 
 
 def test_an_alpha_tensor_goes_before_the_configuration(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from impasto.lora.base_model import base_model, describe
+from impasto.lora.bundles import Bundle
 from impasto.lora.contents import LoraContents, Mismatch
 from impasto.lora.gate import Header
 from impasto.lora.inspect import inspect_lora
@@ -112,6 +113,7 @@ def test_a_report_counts_modules_once():
         "mismatched": {"count": 0, "first": []},
         "unmatched": {"count": 0, "first": []},
         "ignored": {"count": 0, "first": []},
+        "embeddings": [],
         "base_model": "SDXL",
         "trigger_words": ["pixl"],
         "sha256": "ab" * 32,
@@ -126,17 +128,17 @@ def test_a_report_counts_modules_once():
 def test_what_was_left_out_is_counted_and_shown_in_part():
     """Ten of a thousand, cut to a length; JSON stays small whatever the file holds, and a sentence says so."""
     mismatched = tuple(Mismatch(f"m{i}", (i + 1, 2), (3, 4)) for i in range(2))
-    left = contents(unmatched=("x" * 10_000,) * 1000, mismatched=mismatched, ignored=("bundle_emb.fox.clip_l",))
+    bundles = tuple(Bundle(f"fox{i}" * 100, (), problem="is no vector") for i in range(11))
+    left = contents(unmatched=("x" * 10_000,) * 1000, mismatched=mismatched, ignored=("a",), bundles=bundles)
     report = LoraReport.of(left, "fox")
     shown = report.to_json()
     assert (shown["unmatched"]["count"], len(shown["unmatched"]["first"])) == (1000, SHOWN)
     assert shown["mismatched"]["first"][1] == {"module": "m1", "file_shape": [2, 2], "model_shape": [3, 4]}
-    assert len(json.dumps(shown)) < 5000
-    assert shown["warnings"] == [
-        "1002 of its 1005 modules do not fit this model and were left out, so it may look weaker.",
-        "It brings embeddings for the words 'fox', which were not applied; "
-        "save them as files of their own and give those as embeddings.",
-    ]
+    assert len(json.dumps(shown)) < 7000
+    weaker, unused = shown["warnings"]
+    assert weaker == "1002 of its 1005 modules do not fit this model and were left out, so it may look weaker."
+    assert unused.startswith("Each of the embeddings for 'fox0fox0")
+    assert unused.endswith(" and 1 more that it brings was not applied: it is no vector.")
     rows = dict(report.rows())
     assert rows["mismatched"] == "2\nm0: file [1, 2], model [3, 4]\nm1: file [2, 2], model [3, 4]"
     assert rows["unmatched"].endswith("… and 990 more")

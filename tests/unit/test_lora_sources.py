@@ -14,6 +14,7 @@ from impasto.fetch.reference import CivitaiFile, HubFile, WebFile, parse_referen
 from impasto.worker.loras import LoraLibrary, make_sites, policy_of
 from tests.hub_server import Repository, running_hub
 from tests.sites import CivitaiSite, Page, Web, redirect, running
+from tests.unit.test_lora_cog import packed
 
 FIELD = "loras.1.path"
 
@@ -318,6 +319,15 @@ def test_what_is_no_lora_file_is_named_and_not_kept(tmp_path, library, web, data
     web.pages["/x.safetensors"] = Page(data)
     assert words in refusal(library(), f"{web.url}/x.safetensors")
     assert list((tmp_path / "cache" / "blobs").iterdir()) == []
+
+
+def test_an_archive_of_cog_sdxl_is_fetched(library, web):
+    """Its address, as Replicate gives it; another archive is named for what it lacks, and not kept."""
+    web.pages["/trained_model.tar"] = Page(packed())
+    web.pages["/other.tar"] = Page(packed({"unet.safetensors": lora()}))
+    build = library()
+    assert content(build, f"{web.url}/trained_model.tar") == packed()
+    assert "unet.safetensors, a whole model" in refusal(build, f"{web.url}/other.tar")
 
 
 def test_a_transfer_that_breaks_off_is_finished(library, hub):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from impasto.errors import InvalidInput
-from impasto.models.inversion import MAX_VECTORS, EmbeddingFile, read_embedding, resolve_embeddings
+from impasto.models.inversion import EmbeddingFile, read_embedding, resolve_embeddings
 from impasto.models.prompts import MAX_WEIGHT, parse, spot
 from impasto.types import LIMITS, EmbeddingRef
+from impasto.wordvectors import MAX_VECTORS
 
 UP, DOWN = 1.1, 1 / 1.1
 WIDTHS = (768, 1280)

@@ -79,7 +79,7 @@ def test_a_missing_start_picture_fails_its_job_alone(rig):
         path.unlink()
     good = rig.submit(pictures=PICTURES, num_inference_steps=1, seed=1)
     drain(rig.loop())
-    assert rig.store.get(broken).error == "image is not stored any more; submit the request again"
+    assert rig.store.get(broken).error == 'Error at "/image": is not stored any more; submit the request again'
     assert rig.store.get(good).status is Status.COMPLETED
 
 

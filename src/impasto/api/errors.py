@@ -23,12 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def sentence(error: ImpastoError) -> str:
-    """Return the text for the client; a field's dotted path becomes a JSON pointer, ``""`` being the whole body."""
+    """Return the text for the client; a failed job's says the same of a field, without the first words."""
     if not isinstance(error, FieldError):
-        return str(error)
-    if not error.field:
-        return f"invalid request body: {error.problem}"
-    return f'invalid request body, Error at "/{error.field.replace(".", "/")}": {error.problem}'
+        return error.located
+    return f"invalid request body{',' if error.field else ':'} {error.located}"
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

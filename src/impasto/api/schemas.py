@@ -54,6 +54,7 @@ class AppliedLora(Wire):
     mismatched: LeftOut = Field(LeftOut(), description="Modules that the model has in another shape.")
     unmatched: LeftOut = Field(LeftOut(), description="Modules that the model does not have.")
     ignored: LeftOut = Field(LeftOut(), description="Keys that are no weights of modules.")
+    embeddings: list[str] = Field([], description="Words of the prompt that stand for vectors it brought.")
     base_model: str = Field("unknown", description="What it was made for: SDXL, SD 1.5, ….")
     trigger_words: list[str] = Field([], description="Words for the prompt, from its metadata.")
     sha256: str = Field("", description="Of the file.")

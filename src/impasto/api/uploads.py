@@ -29,15 +29,16 @@ from impasto.api.view import Links
 from impasto.errors import InvalidInput
 from impasto.jobs.outputs import LORA_TYPE, UPLOAD_EXTENSIONS
 from impasto.jobs.uploads import Upload
+from impasto.lora.cog import is_archive
 from impasto.lora.gate import FORMAT_HEADER, check_header
 from impasto.tensorfile import LENGTH, PROBE
 
 MAX_NAME_CHARS: Final = 255
 UNNAMED: Final = "file"
 _UNKNOWN: Final = "bin"  # the ending of an address whose file has not come and is not said to be anything
-_ENDINGS: Final = {".jpeg": "jpg"} | {f".{ending}": ending for ending in UPLOAD_EXTENSIONS.values()}
 _LORA: Final = UPLOAD_EXTENSIONS[LORA_TYPE]
-_WEIGHTS: Final = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"})  # meant as LoRAs
+_ENDINGS: Final = {".jpeg": "jpg", ".tar": _LORA} | {f".{ending}": ending for ending in UPLOAD_EXTENSIONS.values()}
+_WEIGHTS: Final = frozenset({".safetensors", ".tar", ".ckpt", ".pt", ".pth", ".bin", ".gguf"})  # meant as LoRAs
 
 
 class Uploaded(BaseModel):
@@ -92,7 +93,13 @@ _TICKET_BODY: Final[dict[str, Any]] = {
 _FORM_BODY: Final[dict[str, Any]] = {
     "type": "object",
     "required": [FIELD],
-    "properties": {FIELD: {"type": "string", "format": "binary", "description": "A picture or a .safetensors LoRA."}},
+    "properties": {
+        FIELD: {
+            "type": "string",
+            "format": "binary",
+            "description": "A picture, or a LoRA: .safetensors, or cog-sdxl's .tar.",
+        }
+    },
 }
 
 
@@ -236,8 +243,8 @@ def content_type_of_file(file: Path, filename: str) -> str:
 
 
 def _begins_like_weights(start: bytes) -> bool:
-    """Whether a JSON header of a possible length stands at the beginning, as in .safetensors files."""
-    return start[8:9] == b"{" and LENGTH.unpack(start[:8])[0] <= FORMAT_HEADER
+    """Whether a JSON header of a possible length stands at the beginning, as in .safetensors files; or it is a tar."""
+    return is_archive(start) or (start[8:9] == b"{" and LENGTH.unpack(start[:8])[0] <= FORMAT_HEADER)
 
 
 def _filename(fields: dict[str, Any]) -> str:

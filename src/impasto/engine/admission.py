@@ -21,12 +21,11 @@ from impasto.engine.legs import Leg, Stage, plan_legs
 from impasto.engine.pictures import OPAQUE, Start
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.sigmas import NoiseSchedule
+from impasto.engine.words import Words, words_of
 from impasto.errors import InvalidInput
 from impasto.lora.apply import TEXT_NETWORKS, Adapters, LoraSet
 from impasto.lora.report import LoraReport
-from impasto.models.inversion import resolve_embeddings
 from impasto.models.sdxl import Sdxl
-from impasto.models.text import Prompt
 from impasto.types import LIMITS, GenerationRequest, seed_of_image
 
 KEPT_BELOW = 0.5  # of the mask: what an inpainting network may see of the start picture
@@ -60,29 +59,30 @@ class Admission:
             request = replace(request, seed=secrets.randbelow(int(LIMITS.seed.high) + 1))
         start = Start.of(request)
         loras = self._adapters.resolve(request.loras)
+        contents = self._adapters.report(loras)
+        words = words_of(request.embeddings, loras, contents)
         reports = tuple(
-            LoraReport.of(contents, asked.path, asked.scale, position)
-            for position, (asked, contents) in enumerate(zip(request.loras, self._adapters.report(loras), strict=True))
+            LoraReport.of(held, asked.path, asked.scale, position).speaking(words.used[position], words.notes[position])
+            for position, (asked, held) in enumerate(zip(request.loras, contents, strict=True))
         )
         legs = plan_legs(request, SAMPLERS[request.scheduler], self._schedules)
         flight = InFlight(
             request, loras, reports, start, steps=sum(leg.steps for leg in legs), preview_every=preview_every
         )
         with self._adapters.active(loras, *TEXT_NETWORKS):
-            conditioning = self._conditioning(request, self._adapters.touching(loras, *TEXT_NETWORKS))
+            conditioning = self._conditioning(request, words, self._adapters.touching(loras, *TEXT_NETWORKS))
         scene = Scene.of(self._model, start, (request.width, request.height))
         for index in range(request.num_images):
             flight.rows[next(self._row_ids)] = self._row(request_id, request, index, legs, conditioning, scene)
         flight.started = time.perf_counter()
         return flight
 
-    def _conditioning(self, request: GenerationRequest, loras: LoraSet) -> dict[Stage, Conditioning]:
+    def _conditioning(self, request: GenerationRequest, words: Words, loras: LoraSet) -> dict[Stage, Conditioning]:
         """What steers each stage. Both read the same embeddings; the refiner knows the second encoder's half alone."""
-        embeddings = resolve_embeddings(request.embeddings)
-        prompt = Prompt(request.prompt, request.prompt_syntax, embeddings)
+        prompt = words.prompt(request.prompt, request.prompt_syntax)
         negative = None
         if request.negative_prompt is not None:
-            negative = Prompt(request.negative_prompt, request.prompt_syntax, embeddings)
+            negative = words.prompt(request.negative_prompt, request.prompt_syntax)
 
         def embedded(zero_absent: bool) -> tuple[Embedding, Embedding | None]:
             if request.guidance_scale <= 1:

@@ -53,11 +53,16 @@ class LoraFile:
         """The file without its strength."""
         return FileState(self.path, self.modified, self.size)
 
+    @property
+    def text_strength(self) -> float:
+        """How strongly it is to act on how prompts are read, whatever it has for that."""
+        return self.scale if self.text_scale is None else self.text_scale
+
     def strength(self, network: str) -> float:
         """How strongly it is to act on a network; 0 where it has nothing for it."""
         if network not in self.networks:
             return 0.0
-        return self.scale if self.text_scale is None or network not in TEXT_NETWORKS else self.text_scale
+        return self.text_strength if network in TEXT_NETWORKS else self.scale
 
 
 LoraSet = tuple[LoraFile, ...]

@@ -135,7 +135,8 @@ def contents_bytes(contents: LoraContents) -> int:
     text = (*contents.metadata, *contents.metadata.values(), *contents.unmatched, *contents.ignored)
     modules = (mismatch.module for mismatch in contents.mismatched)
     words = sum(map(len, (*text, *modules, *contents.trigger_words)))
-    return words + sum(ITEM_BYTES + patch_bytes(patch) for patch in contents.patches.values())
+    bundles = sum(ITEM_BYTES + bundle.nbytes for bundle in contents.bundles)
+    return words + bundles + sum(ITEM_BYTES + patch_bytes(patch) for patch in contents.patches.values())
 
 
 def patch_bytes(patch: Patch) -> int:

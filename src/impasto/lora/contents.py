@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from impasto.lora.bundles import Bundle
 from impasto.lora.keys import Target
 from impasto.lora.patch import Patch
 
@@ -30,7 +31,9 @@ class LoraContents:
         patches: What to do to each parameter of the model.
         unmatched: Modules of the file that this model does not have, as the file names them.
         mismatched: Modules that the model has in another shape.
-        ignored: Keys that are no weights of modules and were passed over, such as bundled embeddings.
+        ignored: Keys that are no weights of modules and were passed over.
+        bundles: Embeddings that came along, those that cannot be used too (whose keys are ignored).
+        unscaled: Modules in PEFT's names of which nothing tells the alpha.
         base_model: What the file was trained for, as far as shapes and metadata tell: ``SDXL``, ``SDXL refiner``,
             ``SD 1.5``, ``SD 2``, ``unknown``, ….
         trigger_words: From the metadata, the most frequent first.
@@ -42,6 +45,8 @@ class LoraContents:
     unmatched: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
     ignored: tuple[str, ...] = ()
+    bundles: tuple[Bundle, ...] = ()
+    unscaled: int = 0
     base_model: str = "unknown"
     trigger_words: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)

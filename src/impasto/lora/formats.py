@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from impasto.errors import LoraError
 from impasto.lora import bases
 from impasto.lora.base_model import base_model
+from impasto.lora.bundles import read_bundles
 from impasto.lora.checks import MalformedError, WrongSizeError
 from impasto.lora.contents import LoraContents, Mismatch
 from impasto.lora.gate import Header, check_header
@@ -30,10 +31,12 @@ from impasto.lora.kinds import Adapter, read_patches
 from impasto.lora.notes import trigger_words
 from impasto.lora.patch import Patch
 from impasto.lora.scaling import BadConfigError, Scaling, read_scaling
+from impasto.lora.source import Source, open_tensors
 from impasto.lora.tensors import Keys, sort_keys
 
 MAX_SHOWN = 100  # characters of a name repeated in an error
 _NO_WEIGHTS = {"alpha", "scaled_oft", "reshape_weight"}  # parts that do nothing alone
+_PEFT_PART = ".lora_A"
 _CHOOSE = "choose a LoRA made for SDXL"
 
 Modules = dict[str, tuple[Match, dict[str, str]]]
@@ -49,6 +52,7 @@ class _Found:
     unmatched: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    unscaled: int = 0  # modules in PEFT's names of which nothing tells the alpha
     left_to: Counter[str] = field(default_factory=Counter)  # network -> its modules of names that fit the other's only
 
     def take(self, name: str, spelling: Spelling, place: Target, patch: Patch) -> None:
@@ -92,12 +96,14 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
         scaling = read_scaling(header.metadata, path)
         with (
             path.open("rb") as raw,
-            safe_open(path, framework="pt") as file,
+            open_tensors(path, header) as file,
             ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing,  # beside the reading: neither needs the other
         ):
             hashed = hashing.submit(hashlib.file_digest, raw, "sha256")
             shared = {key: file.get_tensor(key).clone() for keys_of in keys.shared.values() for key in keys_of.values()}
+            bundles = read_bundles(keys.beside, header.tensors, file.get_tensor, model.text_widths)
             for name, (match, parts) in modules.items():
+                found.unscaled += _is_unscaled(match, parts, scaling)
                 _read_module(name, match, _tensors(file, parts, shared), model, scaling, found, field)
             digest = hashed.result().hexdigest()
     except (SafetensorError, OSError) as error:
@@ -106,12 +112,16 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
         raise LoraError(field, str(error)) from None
     _leave_refiner(found)
     matched = found.matched()
+    used = {key for bundle in bundles if not bundle.problem for key in bundle.keys}
+    found.ignored[:] = [key for key in found.ignored if key not in used]
     found.ignored.extend(name for name in dict.fromkeys(found.twice) if name not in matched)
     return LoraContents(
         patches=found.patches,
         unmatched=tuple(found.unmatched),
         mismatched=tuple(found.mismatched),
         ignored=tuple(found.ignored),
+        bundles=bundles,
+        unscaled=found.unscaled,
         base_model=_verdict(keys, header, found, model, field),
         trigger_words=trigger_words(header.metadata),
         metadata=header.metadata,
@@ -151,7 +161,13 @@ def _sort_strange(keys: Keys, header: Header, found: _Found) -> None:
         (found.ignored if shape in ((), (1,)) else found.unmatched).append(key)
 
 
-def _tensors(file: Any, parts: dict[str, str], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _is_unscaled(match: Match, parts: Mapping[str, str], scaling: Scaling) -> bool:
+    """Whether a module is one of PEFT's, which keeps its alpha elsewhere, and elsewhere there is none."""
+    from_peft = _PEFT_PART in parts.get("down", "") and "alpha" not in parts
+    return from_peft and all(scaling.alpha(target.network, target.module) is None for target in match.targets)
+
+
+def _tensors(file: Source, parts: dict[str, str], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Cloned, because a tensor is a view of the file's pages, and the file may be overwritten while we keep it.
     return {part: shared[key] if key in shared else file.get_tensor(key).clone() for part, key in parts.items()}
 

@@ -1,7 +1,8 @@
 """The gate: what a LoRA file says of itself, checked before a tensor is read or memory for one is set aside.
 
 Knows the safetensors header, its limits and the low-rank pairs. Knows no model, no formulas and no torch. What it lets
-through costs no more memory than the file is long: every shape is backed by bytes that are there.
+through costs no more memory than the file is long: every shape is backed by bytes that are there. Only an archive
+(``cog``) is read whole beside its tensors, and has a bound of its own.
 
 Source: the safetensors format, https://huggingface.co/docs/safetensors (8 bytes of length, JSON, data).
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from impasto.errors import LoraError
+from impasto.lora.cog import VECTORS, ArchiveError, CogArchive, Part, is_archive, read_archive
 from impasto.tensorfile import DTYPE_BYTES, LENGTH, PROBE, TensorInfo, named
 
 FORMAT_HEADER: Final = 100_000_000  # bytes; the format's own limit, beyond which a length is no length
@@ -48,6 +50,7 @@ class GateLimits:
 
     Attributes:
         file_bytes: A LoRA of rank 256 over all of SDXL is under 2 GiB.
+        archive_bytes: An archive is read whole. cog-sdxl's are of rank 32 by default, 186 MB.
         header_bytes: All of the header. kohya notes every caption of the training pictures, twice: 50,000 pictures are
             some 20 MB. A text is read up to 1 MiB, so long ones cost their length in memory, once, and no more.
         names_bytes: The header without its long texts: names, shapes, short notes. 12,000 tensors with long names fit;
@@ -58,6 +61,7 @@ class GateLimits:
     """
 
     file_bytes: int = 2 * 2**30
+    archive_bytes: int = 512 * 2**20
     header_bytes: int = 32 * 2**20
     names_bytes: int = 2 * 2**20
     tensors: int = 20_000
@@ -71,11 +75,13 @@ DEFAULTS: Final = GateLimits()
 class Header:
     """The header of a file that passed: its tensors' dtypes and shapes by name, and its metadata.
 
-    In a header of more than ``GateLimits.names_bytes`` texts of metadata are cut after 1 MiB.
+    In a header of more than ``GateLimits.names_bytes`` texts of metadata are cut after 1 MiB. An archive's is its
+    LoRA's, with the vectors of its words under the keys that they have in LoRA files.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    archive: CogArchive | None = None
 
 
 def check_header(path: Path, field: str, limits: GateLimits = DEFAULTS) -> Header:
@@ -95,13 +101,45 @@ def check_header(path: Path, field: str, limits: GateLimits = DEFAULTS) -> Heade
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            return _checked(file, size, field, limits)
+            if is_archive(file.read(PROBE)):
+                return _unpacked(file, size, field, limits)
+            return _checked(file, Part(0, size), field, limits)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise LoraError(field, f"cannot be read ({getattr(error, 'strerror', None) or 'not a path'})") from None
 
 
-def _checked(file: BinaryIO, size: int, field: str, limits: GateLimits) -> Header:
-    start = file.read(PROBE)
+def _unpacked(file: BinaryIO, size: int, field: str, limits: GateLimits) -> Header:
+    """Check an archive's LoRA and the tables of its words' vectors."""
+    if size > limits.archive_bytes:
+        most = f"{limits.archive_bytes / 2**20:.3g} MiB"
+        raise LoraError(
+            field, f"is a packed archive of more than {most}; unpack it and give the .safetensors file in it"
+        )
+    try:
+        archive = read_archive(file, size)
+    except ArchiveError as error:
+        remedy = "unpack it and give the .safetensors file in it"
+        raise LoraError(field, f"is a packed archive that is not read, since {error}; {remedy}") from None
+    lora = _checked(file, archive.lora, field, limits)
+    if archive.vectors is None:
+        return Header(lora.tensors, lora.metadata, archive)
+    try:
+        tables = _checked(file, archive.vectors, field, limits).tensors
+    except LoraError as error:
+        raise LoraError(field, f"is an archive whose {VECTORS} {error.problem}") from None
+    words: dict[str, TensorInfo] = {}
+    for key, (table, rows) in archive.keys().items():
+        shape = tables[table].shape if table in tables else ()
+        if len(shape) != 2 or max(rows) >= shape[0]:
+            raise LoraError(field, f"is an archive whose {VECTORS} has not the vectors of its words; fetch it again")
+        words[key] = TensorInfo(tables[table].dtype, (len(rows), shape[1]))
+    return Header({**words, **lora.tensors}, lora.metadata, archive)
+
+
+def _checked(file: BinaryIO, part: Part, field: str, limits: GateLimits) -> Header:
+    size = part.size
+    file.seek(part.start)
+    start = file.read(min(PROBE, size))
     length = LENGTH.unpack(start[:8])[0] if len(start) >= LENGTH.size else 0
     if not start:
         raise LoraError(field, "is an empty file; fetch it again")
@@ -116,7 +154,7 @@ def _checked(file: BinaryIO, size: int, field: str, limits: GateLimits) -> Heade
         )
     if LENGTH.size + length > size:
         raise LoraError(field, f"is cut short inside its header, after {size} bytes; fetch it again")
-    file.seek(LENGTH.size)
+    file.seek(part.start + LENGTH.size)
     entries = _parsed(_without_long_texts(file.read(length), field, limits.names_bytes), field)
     metadata = _metadata(entries.pop("__metadata__", None), field)
     if not entries:

@@ -30,6 +30,7 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 _MOST_WORDS = 6
 _WRAPPERS = tuple((word, meant) for word, meant in _WORDS if not meant)
+_TEXT_LAYER = "mlp.fc1"  # of a text encoder; it reads the width of its token embeddings
 _AFTER_A_TEXT_ENCODER = (("transformer_", ()), *_WRAPPERS)
 
 
@@ -67,9 +68,10 @@ class TargetNames:
 
     def __init__(self, shapes: Mapping[Target, Sequence[int]]) -> None:
         self._shapes = {target: tuple(shape) for target, shape in shapes.items()}
-        modules: dict[str, dict[str, None]] = {}
+        modules: dict[str, dict[str, None]] = {}  # of each network
         for target in self._shapes:
             modules.setdefault(target.network, {})[target.module] = None
+        self._modules = modules
         self._spelled = {network: _spellings(tuple(names)) for network, names in modules.items()}
 
     @property
@@ -80,6 +82,17 @@ class TargetNames:
     def shape(self, target: Target) -> tuple[int, ...] | None:
         """Return a parameter's shape; ``None`` if the model has no such parameter."""
         return self._shapes.get(target)
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Width of both text encoders' token embeddings; empty if the model has not both."""
+        found = [self._width(network) for network in (FIRST, SECOND)]
+        return tuple(found) if all(found) else ()
+
+    def _width(self, network: str) -> int:
+        """Return what a text encoder's layers read; 0 where there is none."""
+        layers = (module for module in self._modules.get(network, ()) if module.endswith(_TEXT_LAYER))
+        return next((self._shapes[Target(network, module)][1] for module in layers), 0)
 
     def match(self, name: str) -> Match | None:
         """Return the modules that ``name`` (a key without its tensor's suffix) means; ``None`` if it is not known."""

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from impasto.lora.tensors import bundled_word
-
 if TYPE_CHECKING:
+    from impasto.lora.bundles import Bundle
     from impasto.lora.contents import LoraContents, Mismatch
 
 SHOWN: Final = 10  # items of a list that are repeated; its length is always told
@@ -53,6 +52,7 @@ class LoraReport:
         mismatched: Modules that the model has in another shape, as ``{module, file_shape, model_shape}``.
         unmatched: Modules of the file that the model does not have.
         ignored: Keys that are no weights of modules.
+        embeddings: Words of the prompt that stand for vectors which it brought.
         base_model: What it was trained for, as far as names, shapes and metadata tell.
         trigger_words: From the metadata.
         sha256: Of the file.
@@ -70,6 +70,7 @@ class LoraReport:
     mismatched: Left = Left()
     unmatched: Left = Left()
     ignored: Left = Left()
+    embeddings: tuple[str, ...] = ()
     base_model: str = "unknown"
     trigger_words: tuple[str, ...] = ()
     sha256: str = ""
@@ -97,6 +98,7 @@ class LoraReport:
             mismatched=Left.of([_plain(mismatch) for mismatch in contents.mismatched]),
             unmatched=Left.of([module[:SHOWN_CHARACTERS] for module in contents.unmatched]),
             ignored=Left.of([key[:SHOWN_CHARACTERS] for key in contents.ignored]),
+            embeddings=tuple(bundle.word for bundle in contents.bundles if not bundle.problem),
             base_model=contents.base_model,
             trigger_words=contents.trigger_words,
             sha256=contents.sha256,
@@ -107,6 +109,10 @@ class LoraReport:
     def unused(cls, name: str, position: int = 0) -> LoraReport:
         """Report a LoRA of scale 0, which is not even read."""
         return cls(name, 0.0, position, warnings=("Its scale is 0, so it does nothing.",))
+
+    def speaking(self, words: Sequence[str], notes: Sequence[str]) -> LoraReport:
+        """Return the report of a LoRA of whose words only these were used, with a sentence on each of the others."""
+        return replace(self, embeddings=tuple(words), warnings=(*self.warnings, *notes))
 
     def named(self, name: str, resolved: str = "", alias_of: str | None = None) -> LoraReport:
         """Return the report under the name that the user gave, with what that name led to."""
@@ -132,6 +138,7 @@ class LoraReport:
             "mismatched": self.mismatched.to_json(),
             "unmatched": self.unmatched.to_json(),
             "ignored": self.ignored.to_json(),
+            "embeddings": list(self.embeddings),
             "base_model": self.base_model,
             "trigger_words": list(self.trigger_words),
             "sha256": self.sha256,
@@ -157,6 +164,7 @@ class LoraReport:
             ("rank", _rank(self.ranks)),
             ("applied", _counts(self.applied)),
             *((word, _listed(left)) for word, left in _left(self)),
+            ("embeddings", ", ".join(self.embeddings)),
             ("trigger words", ", ".join(self.trigger_words)),
             ("sha256", self.sha256),
             *(("warning", warning) for warning in self.warnings),
@@ -214,14 +222,33 @@ def _warnings(contents: LoraContents, scale: float) -> list[str]:
         sentences.append(
             f"{left} of its {left + modules} modules do not fit this model and were left out, so it may look weaker."
         )
-    if words := [word for key in contents.ignored if (word := bundled_word(key)) is not None]:
-        named = ", ".join(repr(word) for word in list(dict.fromkeys(words))[:SHOWN] if word)
+    if contents.unscaled:
         sentences.append(
-            f"It brings embeddings{f' for the words {named}' if named else ''}, which were not applied; "
-            "save them as files of their own and give those as embeddings."
+            "It does not say how strongly it was meant (its alpha), so alpha was taken to be the rank, as diffusers' "
+            "trainers have it; if it is too strong or too weak, change its scale, or keep PEFT's adapter_config.json "
+            "beside it."
         )
+    sentences += _unused(contents.bundles)
     if contents.base_model not in OWN_FAMILIES:
         sentences.append(f"It was made for {contents.base_model}; what it does here is not what its trainer saw.")
     if scale == 0:
         sentences.append("Its scale is 0, so it does nothing.")
     return sentences
+
+
+def _unused(bundles: Sequence[Bundle]) -> list[str]:
+    """Say of the embeddings that cannot be used why, once for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for bundle in bundles:
+        if bundle.problem:
+            reasons.setdefault(bundle.problem, []).append(bundle.word[:SHOWN_CHARACTERS])
+    return [f"{_brought(words)} not applied: it {problem}." for problem, words in list(reasons.items())[:SHOWN]]
+
+
+def _brought(words: Sequence[str]) -> str:
+    """Name embeddings by their words, as the subject of a sentence."""
+    named = ", ".join(repr(word) for word in words[:SHOWN] if word)
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    if len(words) == 1:
+        return f"The embedding{f' for {named}' if named else ''} that it brings was"
+    return f"Each of the embeddings for {named}{more} that it brings was"

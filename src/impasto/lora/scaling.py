@@ -71,14 +71,17 @@ class Scaling:
             rank: Inner dimension of the adapter's matrices.
             alpha: The file's own alpha for the module, which goes before the configuration's.
         """
-        config = self.config(network)
         if alpha is None:
-            alpha = _by_pattern(config.get("alpha_pattern"), module)
-        if alpha is None:
-            alpha = _number(config.get("lora_alpha", config.get("alpha")))
+            alpha = self.alpha(network, module)
         if alpha is None:
             return 1.0
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+        return alpha / (math.sqrt(rank) if self.config(network).get("use_rslora") is True else rank)
+
+    def alpha(self, network: str, module: str) -> float | None:
+        """Return the configured alpha of a module; ``None`` where no configuration tells it."""
+        config = self.config(network)
+        alpha = _by_pattern(config.get("alpha_pattern"), module)
+        return _number(config.get("lora_alpha", config.get("alpha"))) if alpha is None else alpha
 
     def rank(self, network: str, module: str) -> int | None:
         """Return the configured rank of a module, if there is a configuration."""

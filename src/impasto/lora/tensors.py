@@ -45,6 +45,7 @@ _MOST_DOTS = 3  # in a suffix
 _WEIGHT = ".weight"
 
 # What is often packed beside a LoRA and is no part of it: textual-inversion embeddings, and notes of tools.
+_BUNDLE = "bundle_emb."
 _EMBEDDING = re.compile(
     r"(bundle_emb\.(?P<bundled>.+?)(\.(clip_[lg]|string_to_param|emb_params).*)?"
     r"|emb_params|(clip_[lg]|text_encoders_[01])(_out)?|string_to_(param|token).*|(?P<token><.*>))$"
@@ -91,6 +92,9 @@ def sort_keys(keys: Collection[str]) -> Keys:
     """Group a file's keys by module. A plain ``weight`` is an adapter's (IA3) only where ``on_input`` stands beside."""
     found = Keys()
     for key in sorted(keys):
+        if key.startswith(_BUNDLE):  # whatever its word looks like
+            found.beside.append(key)
+            continue
         if key.endswith(_WEIGHT) and key.removesuffix(_WEIGHT) + ".on_input" in keys:
             module, part = key.removesuffix(_WEIGHT), "weight"
         elif split := _split(key):

@@ -8,6 +8,7 @@ Source: Gal et al. 2022 (arXiv:2208.01618).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from impasto.errors import InvalidInput
 from impasto.types import EmbeddingRef
+from impasto.wordvectors import FLOATS, misfit
 
-MAX_VECTORS = 75  # of a word: what a window holds
 FILES_KEPT = 32  # in memory; at most 0.6 MB each
 MAX_SHOWN = 60  # characters of a key repeated in an error
 
@@ -29,7 +30,6 @@ LAYOUTS = (  # the keys of the first and the second encoder
     ("text_encoders_0", "text_encoders_1"),  # cog-sdxl's embeddings.pti, diffusers' pivotal tuning
 )
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}  # by the width of their only text encoder
-FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, new and old
 
 _OTHER_KINDS = (  # what a file is, by a part of a key that only it has
@@ -53,6 +53,24 @@ class EmbeddingFile:
     field: str  # the request field that named it, for errors
 
 
+@dataclass(frozen=True, slots=True)
+class BroughtEmbedding:
+    """A word whose vectors another file brought, a LoRA; that file as it was, and the word, are what it is.
+
+    Attributes:
+        vectors: Of each text encoder, ``[n, width]``, float32, as ``wordvectors.misfit`` wants them.
+    """
+
+    token: str
+    path: Path
+    modified: int  # nanoseconds since 1970
+    size: int  # bytes
+    vectors: tuple[Tensor, ...] = dataclasses.field(compare=False, repr=False)
+
+
+WordEmbedding = EmbeddingFile | BroughtEmbedding
+
+
 def resolve_embeddings(refs: Sequence[EmbeddingRef]) -> tuple[EmbeddingFile, ...]:
     """Look the files up as they are now. A file that is replaced on disk makes another set.
 
@@ -72,11 +90,11 @@ def resolve_embeddings(refs: Sequence[EmbeddingRef]) -> tuple[EmbeddingFile, ...
     return tuple(found)
 
 
-def read_embedding(file: EmbeddingFile, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+def read_embedding(file: WordEmbedding, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Read the vectors of a file, from memory if it was read before.
 
     Args:
-        file: What ``resolve_embeddings`` found.
+        file: What ``resolve_embeddings`` found, or a LoRA brought.
         widths: Width of each encoder's token embeddings, SDXL's (768, 1280). One width alone is the second
             encoder's: a refiner has no other.
 
@@ -86,6 +104,8 @@ def read_embedding(file: EmbeddingFile, widths: tuple[int, ...]) -> tuple[Tensor
     Raises:
         InvalidInput: Not safetensors, another kind of file, for other encoders, or numbers that are not finite.
     """
+    if isinstance(file, BroughtEmbedding):
+        return file.vectors[-len(widths) :]
     try:
         return _read(file.path, file.modified, file.size, widths)
     except _Unfit as problem:
@@ -109,7 +129,8 @@ def _read(path: Path, modified: int, size: int, widths: tuple[int, ...]) -> tupl
             keys = _layout(shapes)[-len(widths) :]
             if unfit := [key for key in keys if opened.get_slice(key).get_dtype() not in FLOATS]:
                 raise _Unfit(f"holds {unfit[0]!r} in a number format that is not {', '.join(FLOATS)}")
-            _check_shapes([shapes[key] for key in keys], widths)
+            if problem := misfit([shapes[key] for key in keys], widths):
+                raise _Unfit(problem)
             # Copies: what safetensors returns is the file's own pages, which change if it is written over.
             tensors = tuple(opened.get_tensor(key).to(torch.float32, copy=True) for key in keys)
     except (SafetensorError, OSError) as error:
@@ -145,16 +166,3 @@ def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
         )
     strange = min(shapes.keys() - known, default="no tensors")
     raise _Unfit(f"is not an SDXL embedding: it holds {strange[:MAX_SHOWN]!r} where only clip_l and clip_g belong")
-
-
-def _check_shapes(shapes: list[tuple[int, ...]], widths: tuple[int, ...]) -> None:
-    if any(len(shape) not in (1, 2) or 0 in shape for shape in shapes):
-        raise _Unfit(f"has tensors of the shapes {shapes} where rows of vectors belong")
-    found = tuple(shape[-1] for shape in shapes)
-    if found != widths:
-        raise _Unfit(f"is not for this model: its vectors are {found} wide, the text encoders {widths}")
-    counts = [shape[0] if len(shape) == 2 else 1 for shape in shapes]
-    if len(set(counts)) > 1:
-        raise _Unfit(f"has {counts[0]} vectors for the first text encoder and {counts[1]} for the second")
-    if counts[0] > MAX_VECTORS:
-        raise _Unfit(f"has {counts[0]} vectors; a window of the prompt holds {MAX_VECTORS}")

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from impasto.errors import InvalidInput
+from impasto.types import PromptSyntax
 
 BRACKET_WEIGHT = 1.1  # of (word); that of [word] is its inverse
 MAX_WEIGHT = 10.0  # either side of zero
@@ -58,6 +59,20 @@ def parse(text: str) -> tuple[Chunk, ...]:
         at = symbol.end()
     reading.add(text[at:], weights[-1])
     return reading.finish()
+
+
+def chunks_of(text: str, syntax: PromptSyntax) -> tuple[Chunk, ...]:
+    """Read a prompt in its syntax: as ``parse``, or as one chunk of one piece."""
+    return parse(text) if syntax == "weighted" else (((text, 1.0),),)
+
+
+def words_in(text: str, syntax: PromptSyntax, words: Collection[str]) -> set[str]:
+    """Return those of the words that stand for embeddings in a prompt; all, if it cannot be read."""
+    try:
+        chunks = chunks_of(text, syntax) if words else ()
+    except InvalidInput:
+        return set(words)
+    return {word for chunk in chunks for piece, _ in chunk for _, word in spot(piece, words) if word is not None}
 
 
 def spot(text: str, words: Collection[str]) -> tuple[tuple[str, str | None], ...]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import InvalidInput
-from impasto.models.inversion import EmbeddingFile, read_embedding
-from impasto.models.prompts import Chunk, parse, spot
+from impasto.models.inversion import WordEmbedding, read_embedding
+from impasto.models.prompts import Chunk, chunks_of, spot
 from impasto.types import PromptSyntax
 
 MAX_WINDOWS = 20  # of a prompt; 1,500 tokens
@@ -28,7 +28,7 @@ class Prompt:
 
     text: str
     syntax: PromptSyntax = "plain"
-    embeddings: tuple[EmbeddingFile, ...] = ()
+    embeddings: tuple[WordEmbedding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class Segment:
 
     text: str
     weight: float
-    embedding: EmbeddingFile | None = None
+    embedding: WordEmbedding | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,9 +104,8 @@ class TextEncoders:
     def _windows(self, prompt: Prompt) -> tuple[list[Window], ...]:
         """Cut a prompt into windows for each encoder; all have the same number, part by part."""
         vectors = {file: read_embedding(file, self.widths) for file in prompt.embeddings}
-        chunks = parse(prompt.text) if prompt.syntax == "weighted" else (((prompt.text, 1.0),),)
         windows: tuple[list[Window], ...] = tuple([] for _ in self._encoders)
-        for chunk in chunks:
+        for chunk in chunks_of(prompt.text, prompt.syntax):
             segments = _segments(chunk, prompt.embeddings)
             cut = [
                 encoder.windows(segments, {file: found[i] for file, found in vectors.items()})
@@ -132,7 +131,7 @@ class Encoder:
         """Tokens that a window holds beside its start and end; CLIP's: 75."""
         return int(self.tokenizer.model_max_length) - 2
 
-    def windows(self, segments: Sequence[Segment], vectors: Mapping[EmbeddingFile, Tensor]) -> list[Window]:
+    def windows(self, segments: Sequence[Segment], vectors: Mapping[WordEmbedding, Tensor]) -> list[Window]:
         """Cut segments into windows, at least one; an embedding begins a new one if it does not fit into the rest."""
         windows: list[Window] = [[]]
         left = self.room
@@ -165,7 +164,7 @@ class Encoder:
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         return output.hidden_states[-2], pooled[0]
 
-    def _units(self, segments: Sequence[Segment], vectors: Mapping[EmbeddingFile, Tensor]) -> Iterator[Unit]:
+    def _units(self, segments: Sequence[Segment], vectors: Mapping[WordEmbedding, Tensor]) -> Iterator[Unit]:
         placeholder = self._placeholder()
         texts = [segment.text for segment in segments]
         tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
@@ -223,7 +222,7 @@ def substituted(layer: nn.Module, windows: Sequence[Window]) -> Iterator[None]:
         handle.remove()
 
 
-def _segments(chunk: Chunk, embeddings: Sequence[EmbeddingFile]) -> list[Segment]:
+def _segments(chunk: Chunk, embeddings: Sequence[WordEmbedding]) -> list[Segment]:
     """Divide a chunk where a word stands for an embedding."""
     by_word = {file.token: file for file in embeddings}
     return [

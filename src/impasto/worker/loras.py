@@ -34,10 +34,13 @@ from impasto.fetch.guard import Stop, never
 from impasto.fetch.hub import Hub
 from impasto.fetch.reference import HubFile, parse_reference
 from impasto.fetch.sites import Sites
+from impasto.lora.cog import is_archive
 from impasto.lora.gate import check_header
 from impasto.models.catalog import BUILTIN, BUILTIN_FOLDER
+from impasto.worker.warming import read_ahead
 
 SUFFIX: Final = ".safetensors"
+ARCHIVE: Final = ".tar"  # of cog-sdxl
 SHIPPED: Final = BUILTIN_FOLDER / "loras"
 # LoRAs of the full-size model that documents name, and ours that draw in the same manner.
 SHIPPED_ALIASES: Final[Mapping[str, str]] = {"nerijs/pixel-art-xl": "pixel-art"}
@@ -72,8 +75,8 @@ class LoraFiles:
     suffix = SUFFIX
 
     def begins(self, start: bytes) -> bool:
-        """Whether a JSON header stands behind eight bytes of length."""
-        return start[8:9] == b"{"
+        """Whether a JSON header stands behind eight bytes of length, or it is an archive, as cog-sdxl's."""
+        return start[8:9] == b"{" or is_archive(start)
 
     def check(self, path: Path) -> None:
         """Raise ``FetchFailed`` with the gate's words for what is no LoRA file, or not whole."""
@@ -129,6 +132,9 @@ class LoraLibrary:
     def find(self, path: str, field: str, key_id: str | None, stop: Stop = never) -> FoundLora:
         """Find what ``path`` means, and bring it here if it is elsewhere; that may take minutes.
 
+        The file is read once, so that the engine, which parses it between two steps of other jobs, need not wait for a
+        disk.
+
         Args:
             path: As the user wrote it.
             field: Path of the request field, for the error.
@@ -147,6 +153,7 @@ class LoraLibrary:
                 found = self._shipped_for(name) or self._meant(name, key_id, stop, self._repositories)
         except FetchFailed as failure:
             raise LoraError(field, f"{path[:SHOWN]!r} {failure}") from None
+        read_ahead(found.file)
         return found if target is None else FoundLora(found.file, found.source, target, found.held)
 
     def _meant(self, name: str, key_id: str | None, stop: Stop, only: Repositories | None) -> FoundLora:
@@ -226,7 +233,7 @@ def _inside(folder: Path, name: str) -> Path | None:
     if not plain.isprintable() or "\\" in plain or any(part in ("", ".", "..") for part in plain.split("/")):
         return None
     try:
-        file = (folder / f"{plain}{SUFFIX}").resolve(strict=True)
+        file = (folder / (plain if plain.endswith(ARCHIVE) else f"{plain}{SUFFIX}")).resolve(strict=True)
     except (OSError, ValueError):
         return None
     if not file.is_relative_to(folder.resolve()):

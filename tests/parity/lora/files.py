@@ -14,6 +14,7 @@ from impasto.lora.keys import Target
 from tests.parity.lora.adapters import ALPHAS, DTYPES, KINDS, Alpha, Draw, Formula
 from tests.parity.lora.networks import Networks
 from tests.parity.lora.spellings import SPELLINGS, Spelling
+from tests.random_sdxl import WIDTHS
 
 PER_LAYER = 2  # modules of each layer type in a file
 
@@ -30,6 +31,7 @@ class LoraCase:
         unmatched: Modules that the model has not.
         mismatched: Modules of another shape.
         ignored: Keys beside.
+        words: Words that it brings vectors for.
         layers: Layer types in it.
     """
 
@@ -40,6 +42,7 @@ class LoraCase:
     unmatched: set[str] = field(default_factory=set)
     mismatched: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)
+    words: set[str] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
 
 
@@ -128,6 +131,9 @@ def _strays(case: LoraCase, networks: Networks, spelling: Spelling, draw: Draw) 
     if draw.choice(2):
         tensors |= {"bundle_emb.inkwash.clip_l": torch.ones(2, 16), "lora_unet_lonely.alpha": torch.tensor(1.0)}
         case.ignored |= {"bundle_emb.inkwash.clip_l", "lora_unet_lonely.alpha"}
+    if draw.choice(2):
+        tensors |= {f"bundle_emb.<wash>.clip_{i}": draw.tensor(3, width) for i, width in zip("lg", WIDTHS, strict=True)}
+        case.words.add("<wash>")
     return tensors
 
 

@@ -100,7 +100,7 @@ class Networks:
 def networks() -> Networks:
     """The base's UNet and both text encoders, float32, random weights."""
     tokenizer = character_tokenizer()
-    return _networks(
+    return networks_of(
         {
             "unet": seeded(0, lambda: base_unet(4)),
             "text_encoder": seeded(1, lambda: CLIPTextModel(text_config(WIDTHS[0], tokenizer))),
@@ -112,10 +112,11 @@ def networks() -> Networks:
 @cache
 def with_refiner() -> Networks:
     """The base's networks and the refiner's UNet."""
-    return _networks({**networks().modules, "refiner": seeded(3, refiner_unet)})
+    return networks_of({**networks().modules, "refiner": seeded(3, refiner_unet)})
 
 
-def _networks(modules: dict[str, nn.Module]) -> Networks:
+def networks_of(modules: dict[str, nn.Module]) -> Networks:
+    """Networks with every module's layer type and original name worked out."""
     layers: dict[str, list[Target]] = {layer: [] for layer in LAYERS}
     for network, root in modules.items():
         for name, module in root.named_modules():

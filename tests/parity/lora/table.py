@@ -71,7 +71,7 @@ def run(checker: Checker, folder: Path, every: int) -> Result:
         for strength in STRENGTHS:
             error = checker.error([case], [strength], others=strength == 1)
             groups = [("kind", kind), ("spelling", spelling), ("alpha", alpha.name), ("dtype", dtype)]
-            groups += [("strength", f"{strength:g}"), *(("layer", layer) for layer in case.layers)]
+            groups += [("strength", f"{strength:g}"), *(("layer", layer) for layer in sorted(case.layers))]
             result.add(groups, error, f"{case.name} at {strength}")
         forget(checker, path)
     for count, times in STACKS.items():
@@ -90,6 +90,7 @@ def report(checker: Checker, case: LoraCase, result: Result) -> None:
         set(contents.unmatched) == case.unmatched,
         {mismatch.module for mismatch in contents.mismatched} == case.mismatched,
         set(contents.ignored) == case.ignored,
+        {bundle.word for bundle in contents.bundles if not bundle.problem} == case.words,
     )
     if not all(lists):
         result.wrong_reports.append(case.name)

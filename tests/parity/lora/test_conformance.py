@@ -36,6 +36,7 @@ def reported(checker: Checker, case: LoraCase) -> None:
     assert set(contents.unmatched) == case.unmatched, case.name
     assert {mismatch.module for mismatch in contents.mismatched} == case.mismatched, case.name
     assert set(contents.ignored) == case.ignored, case.name
+    assert {bundle.word for bundle in contents.bundles if not bundle.problem} == case.words, case.name
     assert contents.base_model in ("SDXL", "unknown"), case.name  # unknown where the strays are most of the file
 
 

@@ -15,14 +15,15 @@ export function loraReport(lora, onword) {
     lora.base_model && lora.base_model !== "unknown" && `made for ${lora.base_model}`,
     lora.resolved && lora.resolved !== lora.path && lora.resolved,
   ].filter(Boolean);
+  const words = [...new Set([...(lora.embeddings ?? []), ...(lora.trigger_words ?? [])])];
   return h("article", { class: "lora-report" },
     h("header", {}, h("strong", {}, lora.path), h("span", { class: "scale" }, `× ${lora.scale}`)),
     h("p", { class: "applied" }, `${total} modules applied`, parts.length > 0 && h("span", { class: "muted" }, ` · ${parts.join(", ")}`)),
     facts.length > 0 && h("p", { class: "muted" }, facts.join(" · ")),
     ["mismatched", "unmatched", "ignored"].map((kind) => leftOut(kind, lora[kind])),
     lora.warnings?.length > 0 && h("ul", { class: "warnings" }, lora.warnings.map((text) => h("li", {}, text))),
-    lora.trigger_words?.length > 0 && h("p", { class: "words" }, h("span", { class: "muted" }, "Put in the prompt:"),
-      lora.trigger_words.map((word) => h("button", { type: "button", class: "word", onclick: () => onword(word) }, word))),
+    words.length > 0 && h("p", { class: "words" }, h("span", { class: "muted" }, "Put in the prompt:"),
+      words.map((word) => h("button", { type: "button", class: "word", onclick: () => onword(word) }, word))),
   );
 }
 
