@@ -65,6 +65,9 @@ def main() -> None:
     if options.mixed:
         mixed(options)
         return
+    if options.stack:
+        stacked(options)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
             measured = measure_memory(Path(folder), options.width, options.memory, options.ranks[0])
@@ -262,6 +265,38 @@ def measure_memory(folder: Path, width: str, switches: int, rank: int) -> dict[s
 
 
 @torch.inference_mode()
+def stacked(options: argparse.Namespace) -> None:
+    """Switch between two sets of several LoRAs each, on a GPU if there is one, and say how long the floor is.
+
+    The floor is memory: every patched weight is read from its own values and written once. Its speed is measured by
+    copying one block of the same size as all of them together.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = make_unet(WIDTHS["a tenth" if device == "cpu" else options.width], device)
+    size = sum(module.weight.nbytes for _, module in targets(unet))
+    for rank in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            count = 2 * options.stack
+            paths = [write_lora(Path(folder) / f"{i}.safetensors", unet, rank, torch.bfloat16, i) for i in range(count)]
+            adapters = Adapters({"unet": unet}, Budgets(prepared=2**32))
+            halves = paths[: options.stack], paths[options.stack :]
+            sets = [adapters.resolve([LoraRef(str(path), 0.5) for path in half]) for half in halves]
+            times = [_switch_seconds(adapters, sets[run % 2], device) for run in range(2 * options.runs + 4)]
+            adapters.clear()
+        block = torch.empty(size, dtype=torch.uint8, device=device)
+        other = torch.empty_like(block)
+        copies = []
+        for _ in range(options.runs + 1):
+            start = _now(device)
+            other.copy_(block)
+            copies.append(_now(device) - start)
+        figures: dict[str, Any] = {"device": device, "rank": rank, "loras": options.stack, "weights_mib": size >> 20}
+        figures |= {"first": times[0], "second": times[1], "switch": statistics.median(times[4:])}
+        figures |= {"copy_of_all_weights": min(copies[1:])}
+        print(json.dumps({name: round(v, 5) if isinstance(v, float) else v for name, v in figures.items()}), flush=True)
+
+
+@torch.inference_mode()
 def mixed(options: argparse.Namespace) -> None:
     """A batch of rows with a LoRA each: unmerged low-rank paths, against a switch for each row every k steps.
 
@@ -388,6 +423,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=0, metavar="N", help="measure memory over N switches instead")
     parser.add_argument("--no-copies", action="store_true", help="leave out the sets whose patched weights are kept")
     parser.add_argument("--mixed", action="store_true", help="measure mixed batches instead")
+    parser.add_argument("--stack", type=int, default=0, metavar="N", help="measure switches of N LoRAs at once instead")
     parser.add_argument("--rows", type=int, default=4, help="rows of a mixed batch")
     parser.add_argument("--side", type=int, default=1024, help="pixels of a mixed batch's pictures")
     return parser.parse_args()

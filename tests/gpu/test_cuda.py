@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from impasto.engine.accel import Accel, accelerate
+from impasto.engine.accel import Accel, accelerate, accelerate_vae
 from impasto.engine.graphs import Graphed
 from impasto.engine.memory import BatchLimits, MemoryGauge
 from impasto.lora.apply import Adapters
 from impasto.models.reuse import predict_full, predict_shallow
+from impasto.models.tiling import decode
 from impasto.types import LoraRef
 from tests.random_sdxl import save_random_sdxl
 
@@ -79,7 +80,16 @@ def wearing(adapters, path, scale):
 
 @pytest.mark.parametrize(
     "switches",
-    ["cuda_graphs", "cuda_graphs,fuse_projections,channels_last", "compile", "compile,cuda_graphs,fuse_projections"],
+    [
+        "cuda_graphs",
+        "cuda_graphs,fuse_projections,channels_last",
+        "compile",
+        "compile,cuda_graphs,fuse_projections",
+        "static_shapes",
+        "static_shapes,cuda_graphs,fuse_projections,channels_last",
+        "auto",
+        "auto,cuda_graphs",
+    ],
 )
 def test_loras_go_on_and_off_without_a_new_recording(unets, lora, switches):
     """Every LoRA, batch and size gives the plain UNet's answer; only another shape is recorded anew."""
@@ -98,6 +108,34 @@ def test_loras_go_on_and_off_without_a_new_recording(unets, lora, switches):
     assert relative(answer(unet), answer(plain)) <= 1e-3
     if "cuda_graphs" in switches:
         assert unet.forward.recorded == len(shapes)
+
+
+@pytest.mark.parametrize("switches", ["auto", "vae_channels_last", "static_shapes", "static_shapes,vae_channels_last"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-1), (torch.float16, 2e-2)])
+def test_a_faster_vae_gives_the_same_picture(folder, switches, dtype, most):
+    """Two sizes, in every number format; what overflows is finite all the same, as it is decoded again in float32."""
+    plain, fast = (
+        AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, dtype=dtype).requires_grad_(False).cuda()
+        for _ in range(2)
+    )
+    accelerate_vae(fast, Accel.parse(switches), torch.device("cuda"))
+    for side in (16, 24):
+        latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(side)).cuda()
+        with torch.inference_mode():
+            assert relative(decode(fast, latents, tiling=False), decode(plain, latents, tiling=False)) <= most
+            assert decode(fast, latents * 1e4, tiling=False).isfinite().all()
+
+
+def test_a_steady_loop_of_replayed_calls_allocates_nothing_new(unets):
+    """After the first calls of a shape, a hundred more leave the device's memory as it was."""
+    unet, _ = unets
+    accelerate(unet, Accel(cuda_graphs=True), torch.device("cuda"))
+    for _ in range(3):
+        answer(unet)
+    held = torch.cuda.memory_reserved()
+    for _ in range(100):
+        answer(unet)
+    assert torch.cuda.memory_reserved() == held
 
 
 def test_a_replay_leaves_earlier_results_alone():

@@ -7,14 +7,16 @@ weights are edited in place, and no switch copies them or compiles their values 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal, get_args
 
 import torch
 
 from impasto.engine.graphs import Graphed
+from impasto.engine.memory import free_memory
 from impasto.errors import ConfigError
-from impasto.models.fused import fuse_projections
+from impasto.models.fused import attend_in_blocks, fuse_projections, keep_prompts, pack_projections
+from impasto.models.packed import can_pack, pack_linears
 from impasto.models.residence import Offload
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 Tiling = Literal["auto", "on", "off"]
+BACKEND: Final = "inductor"  # torch's compiler
+COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
+ROOM: Final = 3  # times the weights must be free before they are packed
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
 
@@ -64,6 +69,13 @@ class Accel:
         channels_last: Keep convolution weights and pictures with the channels innermost.
         fuse_projections: One matmul for q, k, v in each attention.
         cuda_graphs: Replay recorded UNet calls.
+        static_shapes: Compile UNet and VAE decoder whole, anew for each picture and batch size.
+        vae_channels_last: Keep the VAE's weights with the channels innermost.
+        blocked_attention: On a CPU in bfloat16, attend in blocks that stay in the cache; implies fuse_projections.
+        keep_prompts: On a CPU, keep what cross-attention makes of prompts between steps; implies fuse_projections.
+        prepack: On a CPU, keep linear weights packed as well, as the matrix product reads them; implies
+            fuse_projections.
+        auto: Whichever of these were measured to be faster on this kind of device.
         offload: Keep the text encoders, or every network, on the CPU while not in use.
         vae_tiling: Decode in tiles: always, never, or when a whole picture would not fit.
 
@@ -75,6 +87,12 @@ class Accel:
     channels_last: bool = False
     fuse_projections: bool = False
     cuda_graphs: bool = False
+    static_shapes: bool = False
+    vae_channels_last: bool = False
+    blocked_attention: bool = False
+    keep_prompts: bool = False
+    prepack: bool = False
+    auto: bool = False
     offload: Offload = "none"
     vae_tiling: Tiling = "auto"
 
@@ -106,19 +124,90 @@ def _spellings() -> list[str]:
     return [f"{f.name}={'|'.join(_CHOICES[f.name])}" if f.name in _CHOICES else f.name for f in fields(Accel)]
 
 
+def accelerate_model(model: Any, accel: Accel) -> None:
+    """Set all UNets and the VAE of an ``Sdxl`` up as ``accel`` says, in place, after they were loaded."""
+    for denoiser in filter(None, (model.base, model.refiner)):
+        accelerate(denoiser.unet, accel, model.devices.unet)
+    accelerate_vae(model.vae.network, accel, model.devices.vae)
+
+
 def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
     """Set a UNet up as ``accel`` says, in place, after it was moved to ``device``.
 
     What cannot be had here is logged and left out. Offloading and VAE tiling are not the UNet's and not done here.
     """
+    accel = suited(accel, device, unet.dtype) if accel.auto else accel
     if accel.channels_last:
         unet.to(memory_format=torch.channels_last)
-    if accel.fuse_projections:
-        fuse_projections(unet)
-    if accel.compile and _can_compile(device):
+    on_cpu = _cpu_ways(accel, device)
+    if accel.fuse_projections or on_cpu:
+        attentions = fuse_projections(unet)
+        if "blocked_attention" in on_cpu:
+            attend_in_blocks(attentions)
+        if "keep_prompts" in on_cpu:
+            keep_prompts(unet, attentions)
+        if "prepack" in on_cpu and _room_to_pack(unet):
+            pack_projections(attentions)
+            pack_linears(unet)
+    if accel.static_shapes and _can_compile(device):
+        compile_whole(unet)
+    elif accel.compile and _can_compile(device):
         compile_unet(unet)
     if accel.cuda_graphs and _can_record(accel, device):
         unet.forward = Graphed(unet.forward)
+
+
+def accelerate_vae(vae: Any, accel: Accel, device: torch.device) -> None:
+    """Set a VAE up as ``accel`` says, in place."""
+    accel = suited(accel, device, vae.dtype) if accel.auto else accel
+    if accel.vae_channels_last:
+        vae.to(memory_format=torch.channels_last)
+    if accel.static_shapes and _can_compile(device):
+        compile_whole(vae.decoder)
+
+
+def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
+    """Return ``accel`` with the switches on that were measured to pay on such a device (``benchmarks/LOG.md``).
+
+    They need no warm-up: compiling and CUDA graphs are left to those who ask for them.
+    """
+    if device.type == "cpu":
+        half = dtype == torch.bfloat16
+        packs = can_pack(device, dtype)
+        return replace(accel, vae_channels_last=True, keep_prompts=True, prepack=packs, blocked_attention=half)
+    if device.type == "cuda":
+        return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
+    return accel
+
+
+def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
+    """The switches for CPUs that are on and can be had here."""
+    asked = {name for name in ("blocked_attention", "keep_prompts", "prepack") if getattr(accel, name)}
+    if not asked:
+        return set()
+    if device.type != "cpu" or accel.compile or accel.static_shapes:
+        why = "the network is compiled" if device.type == "cpu" else f"the device is {device}, not cpu"
+        log.warning("%s: off, %s", ", ".join(sorted(asked)), why)
+        return set()
+    return asked
+
+
+def _room_to_pack(unet: Any) -> bool:
+    """Whether memory is free for packed copies of the weights; what was not packed is multiplied as it is."""
+    wanted, free = sum(parameter.nbytes for parameter in unet.parameters()), free_memory()
+    if free is not None and free < ROOM * wanted:
+        log.warning("prepack is off: %d MiB are free, %d are wanted", free >> 20, ROOM * wanted >> 20)
+        return False
+    return True
+
+
+def compile_whole(network: Any) -> None:
+    """Compile a network's forward as one graph, anew for each shape: fuses across blocks, norms and convolutions too.
+
+    Weights are inputs of the graph, so LoRAs go on and off in place as ever. The first call of a shape takes minutes.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    network.forward = torch.compile(network.forward, dynamic=False, backend=BACKEND)
 
 
 def compile_unet(unet: Any) -> None:

@@ -6,13 +6,17 @@ into the fused one, so whoever edits them in place edits it too, and no weight i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+
+from impasto.models import blocked
+from impasto.models.packed import Pack, suits
+from impasto.models.said import Kept, Said
 
 
 class FusedAttention(Attention):  # type: ignore[misc]  # diffusers has no types
@@ -22,6 +26,9 @@ class FusedAttention(Attention):  # type: ignore[misc]  # diffusers has no types
     """
 
     fused_weight: Tensor
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
+    pack: Pack | None = None  # multiplies by the fused weight, where it is to be packed
+    kept: Kept | None = None  # keeps keys and values of prompts, where they are to be kept
 
     def forward(
         self,
@@ -40,17 +47,35 @@ class FusedAttention(Attention):  # type: ignore[misc]  # diffusers has no types
         if self.is_cross_attention:
             assert encoder_hidden_states is not None
             query = self.to_q(hidden_states)
-            key, value = F.linear(encoder_hidden_states, self.fused_weight).chunk(2, dim=-1)
+            key, value = self._said(encoder_hidden_states).chunk(2, dim=-1)
         else:
-            query, key, value = F.linear(hidden_states, self.fused_weight).chunk(3, dim=-1)
+            query, key, value = self._project(hidden_states).chunk(3, dim=-1)
         heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(*heads)
+        attended = self.attend(*heads)
         output: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
         return output
 
+    def _layers(self) -> list[Any]:
+        return [self.to_k, self.to_v] if self.is_cross_attention else [self.to_q, self.to_k, self.to_v]
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(layer.weight for layer in self._layers())
+
+    def _said(self, tokens: Tensor) -> Tensor:
+        """Keys and values of prompts."""
+        if self.kept is None:
+            return self._project(tokens)
+        return self.kept.answer(tokens, self._parts(), self._project)
+
+    def _project(self, inputs: Tensor) -> Tensor:
+        """All projections of ``inputs`` in one product."""
+        if self.pack is not None and suits(inputs, self.to_k.weight):
+            return self.pack.linear(inputs, self.fused_weight, None, self._parts())
+        return F.linear(inputs, self.fused_weight)
+
     def tie(self) -> None:
         """Lay the separate weights side by side and make each a view of its part."""
-        layers = [self.to_k, self.to_v] if self.is_cross_attention else [self.to_q, self.to_k, self.to_v]
+        layers = self._layers()
         with torch.inference_mode(False), torch.no_grad():
             fused = torch.cat([layer.weight.data for layer in layers])
             for layer, part in zip(layers, fused.chunk(len(layers)), strict=True):
@@ -69,16 +94,38 @@ class FusedAttention(Attention):  # type: ignore[misc]  # diffusers has no types
         self.tie()
 
 
-def fuse_projections(unet: nn.Module) -> None:
-    """Fuse the projections of every plain attention of a UNet, in place; the others stay as they are.
+def fuse_projections(unet: nn.Module) -> list[FusedAttention]:
+    """Fuse the projections of every plain attention of a UNet, in place, and return them; the others stay as they are.
 
     The answers are the same but for rounding. Weights may be edited in place, moved and cast afterwards, but not
     replaced (``load_state_dict(assign=True)``): fuse after loading.
     """
-    attentions: list[Any] = [module for module in unet.modules() if type(module) is Attention]
-    for attention in filter(_is_plain, attentions):
+    attentions: list[Any] = [module for module in unet.modules() if type(module) is Attention and _is_plain(module)]
+    for attention in attentions:
         attention.__class__ = FusedAttention
         attention.tie()
+    return attentions
+
+
+def attend_in_blocks(attentions: Iterable[FusedAttention]) -> None:
+    """Let attentions over many tokens run in blocks where that is faster: on a CPU in half precision."""
+    for attention in attentions:
+        attention.attend = blocked.attend
+
+
+def keep_prompts(unet: nn.Module, attentions: Iterable[FusedAttention]) -> None:
+    """Let cross-attentions keep keys and values from call to call for as long as the prompts are the same."""
+    said = Said()
+    said.listen(unet)
+    for attention in attentions:
+        if attention.is_cross_attention:
+            attention.kept = Kept(said)
+
+
+def pack_projections(attentions: Iterable[FusedAttention]) -> None:
+    """Let fused weights be packed for the CPU's matrix product."""
+    for attention in attentions:
+        attention.pack = Pack()
 
 
 def _is_plain(attention: Any) -> bool:

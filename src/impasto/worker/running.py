@@ -66,6 +66,12 @@ class Running:
         """Return a picture's file with its credentials, where the operator has it signed."""
         return self.recipe.signed(data, content_type) if self.recipe else data
 
+    def named(self, report: Any) -> Any:
+        """Put the name the user gave into a LoRA's report, which knows our file alone, and what the name led to."""
+        found = self.loras[report.position]
+        asked: str = self.job.input["request"]["loras"][report.position]["path"]
+        return report.named(asked, found.source, found.alias_of)
+
     @property
     def blobs(self) -> list[str]:
         """The pictures this attempt has stored."""

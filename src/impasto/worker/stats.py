@@ -6,14 +6,14 @@ them under ``/metrics`` with the worker's name, so they need no port of the work
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from impasto.types import Finished, Progress
+from impasto.types import Event, Finished, Progress
 
 Families = list[dict[str, Any]]
 
@@ -69,6 +69,12 @@ class WorkerStats:
         """Count a picture that was encoded and stored."""
         self._images.inc()
         self.stage("store", seconds)
+
+    def moved(self, events: Sequence[Event]) -> None:
+        """Count a step once, though every request in it reports progress."""
+        progress = next((event for event in events if isinstance(event, Progress)), None)
+        if progress is not None:
+            self.stepped(progress)
 
     def stepped(self, progress: Progress) -> None:
         """Count one step of a batch, told by the report of any request in it."""

@@ -1,0 +1,1 @@
+"""What we compare with, written as somebody who uses diffusers well would write it."""

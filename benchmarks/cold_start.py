@@ -1,0 +1,191 @@
+"""How long until the first picture, and whom does a new LoRA hold up? ``python -m benchmarks.cold_start``.
+
+The physics: a start pays for imports, for reading weights and for the first call's set-up. A LoRA that nobody has used
+is read from the disk, parsed, made ready for each weight and put on; whatever part of that happens between two steps of
+other jobs holds those up. diffusers does all of it inside ``load_lora_weights``, and nothing else moves meanwhile.
+
+Two parts. ``start``: fresh processes, ours and diffusers', from the process's start to the first and to the second
+picture. ``stall``: jobs are running; one arrives with a LoRA whose file is not in memory. Told are the median gap
+between two steps before, and the longest gap from the arrival to the new job's first step: without reading ahead
+(``cold``), with the file read ahead by another thread, as the worker does (``read ahead``), and when it was used before
+(``warm``). Prints a table, then one line of JSON, which is also written to ``benchmarks/results/cold_start.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+from benchmarks.machine import ROOT, describe
+from benchmarks.report import RESULTS, publish
+
+SIDES: Final = {"builtin": 256, "reduced": 256, "full": 1024}
+RUNNING: Final = 2  # jobs that are under way when the new one arrives
+STEPS: Final = 50  # of each
+
+
+def main() -> None:
+    """Measure both parts and report."""
+    options = _options()
+    if options.run:
+        print(json.dumps(first_pictures(options)))
+        return
+    from benchmarks.weights import model_folder
+
+    folder = model_folder(options.model, options.models)
+    starts = {
+        way: [_in_fresh_process(way, folder, options) for _ in range(options.runs)] for way in ("ours", "diffusers")
+    }
+    start = {way: _medians(runs) for way, runs in starts.items()}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        stall = stalls(folder, Path(scratch), options)
+    setting = {name: getattr(options, name) for name in ("model", "device", "dtype", "accel", "side", "runs", "rank")}
+    result = {"benchmark": "cold_start", **setting, "start": start, "stall": stall, "machine": describe()}
+    publish(_table(start, stall), result, options.out)
+
+
+def first_pictures(options: argparse.Namespace) -> dict[str, float]:
+    """In a fresh process: seconds from its start to each milestone."""
+    began = options.began
+    from benchmarks.ways import Diffusers, Ours
+    from impasto.types import GenerationRequest
+
+    seconds = {"imported": time.time() - began}
+    request = GenerationRequest("a red fox", width=options.side, height=options.side, num_inference_steps=4, seed=1)
+    way = (
+        Ours(options.model, options.device, options.dtype, options.accel)
+        if options.run == "ours"
+        else Diffusers(options.model, options.device, options.dtype)
+    )
+    seconds["loaded"] = time.time() - began
+    for name in ("first_picture", "second_picture"):
+        way.draw(request)
+        seconds[name] = time.time() - began
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def stalls(folder: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Gaps between steps, in seconds, while a job with a LoRA arrives in each way, and diffusers' load."""
+    from benchmarks.ways import Diffusers, Ours, make_loras
+    from impasto.worker.warming import read_ahead
+
+    engine = Ours(folder, options.device, options.dtype, options.accel).engine
+    files = make_loras(folder, 2 * options.runs + 1, scratch, options.rank)
+    os.sync()  # pages that were not written yet cannot be dropped
+    nothing: Callable[[Path], object] = lambda file: None  # noqa: E731
+    _arrival(engine, files[-1], nothing, options)  # nobody's first call counts
+    found: dict[str, Any] = {}
+    for name, own, prepare in (
+        ("cold", files[: options.runs], nothing),
+        ("read ahead", files[options.runs : -1], read_ahead),
+        ("warm", files[: options.runs], nothing),
+    ):
+        runs = []
+        for file in own:
+            if name != "warm":
+                drop_from_cache(file)
+            runs.append(_arrival(engine, file, prepare, options))
+        found[name] = _medians(runs)
+    del engine
+    peer = Diffusers(folder, options.device, options.dtype)
+    loads = []
+    for file in files[:-1]:
+        drop_from_cache(file)
+        start = time.perf_counter()
+        peer.wear([file])
+        loads.append({"longest_gap": time.perf_counter() - start})
+    return found | {"diffusers, load": _medians(loads)}
+
+
+def _arrival(
+    engine: Any, file: Path, prepare: Callable[[Path], object], options: argparse.Namespace
+) -> dict[str, float]:
+    """Let jobs run, then one with a LoRA arrive; return the usual gap between steps and the longest after that."""
+    from impasto.types import GenerationRequest, LoraRef, Progress
+
+    def request(**changes: Any) -> GenerationRequest:
+        fields = {"width": options.side, "height": options.side, "num_inference_steps": STEPS} | changes
+        return GenerationRequest("a red fox", **fields)
+
+    running = [engine.submit(request(seed=seed)) for seed in range(RUNNING)]
+    for _ in range(4):  # admission and the first, measured calls
+        engine.step()
+    before = [_timed(engine.step)[0] for _ in range(6)]
+    prepare(file)  # on another thread in the worker, so it is in nobody's way here
+    arrived = engine.submit(request(loras=(LoraRef(str(file), 0.7),), num_inference_steps=2, seed=9))
+    after, began = [], False
+    while not began:
+        seconds, events = _timed(engine.step)
+        after.append(seconds)
+        began = any(isinstance(event, Progress) and event.request_id == arrived for event in events)
+    for request_id in (*running, arrived):
+        engine.cancel(request_id)
+    return {"usual_gap": statistics.median(before), "longest_gap": max(after)}
+
+
+def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = do()
+    return time.perf_counter() - start, result
+
+
+def drop_from_cache(file: Path) -> None:
+    """Ask the system to forget a file's pages, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _in_fresh_process(way: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cold_start", "--run", way, "--model", folder]
+    command += ["--device", options.device, "--dtype", options.dtype, "--side", str(options.side)]
+    command += [f"--accel={options.accel}", "--began", str(time.time())]
+    output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
+
+
+def _table(start: dict[str, dict[str, float]], stall: dict[str, dict[str, float]]) -> Table:
+    table = Table("part", "way", "figures, seconds")
+    for part, ways in (("start", start), ("stall", stall)):
+        for way, figures in ways.items():
+            table.add_row(part, way, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()))
+    return table
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--accel", default="auto")
+    parser.add_argument("--side", type=int, help="pixels; by default what suits the model")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="folder for LoRA files, on a disk; by default the temporary one")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
+    parser.add_argument("--run", choices=["ours", "diffusers"], help=argparse.SUPPRESS)  # what a fresh process does
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.side = options.side or SIDES.get(options.model, 512)
+    return options
+
+
+if __name__ == "__main__":
+    main()

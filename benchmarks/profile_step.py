@@ -1,0 +1,82 @@
+"""Where does the time of a step go? ``python -m benchmarks.profile_step``.
+
+The physics: products of matrices and convolutions are bound by arithmetic, norms and activations by memory, and small
+kernels by the time it takes to launch them. Which of them a step spends its time in says what is worth changing, and a
+change that does not show here was not one. Prints torch's table of the costliest operators for one UNet call (two rows)
+and for one VAE decode, for each list of switches, and how much of the wall time the device was busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import roofline
+from benchmarks.ways import Ours
+from benchmarks.weights import model_folder
+from impasto.engine.accel import choose_device
+
+CALLS = 3
+
+
+def main() -> None:
+    """Profile each list of switches."""
+    options = _options()
+    folder = model_folder(options.model, options.models)
+    for accel in options.accels:
+        print(f"\n# {accel or 'plain'}")
+        model = Ours(folder, options.device, options.dtype, accel).engine._model
+        denoiser, side = model.base, options.side // roofline.CELL
+        config, place = denoiser.unet.config, model.device
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs = (
+            torch.randn(2, 4, side, side, device=place),
+            torch.full((2,), 500.0, device=place),
+            torch.randn(2, roofline.TOKENS, config.cross_attention_dim, device=place),
+            torch.randn(2, pooled, device=place),
+            torch.full((2, 6), float(options.side), device=place),
+        )
+        latents = torch.randn(4, side, side)
+        _show("one UNet call", lambda: denoiser.predict(*inputs), options)  # noqa: B023
+        _show("one decode", lambda: model.vae.decode(latents), options)  # noqa: B023
+
+
+@torch.inference_mode()
+def _show(name: str, call: Callable[[], object], options: argparse.Namespace) -> None:
+    device = str(choose_device(options.device))
+    for _ in range(2):
+        call()
+    start = roofline.now(device)
+    for _ in range(CALLS):
+        call()
+    wall = (roofline.now(device) - start) / CALLS
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
+    with profile(activities=activities) as seen:
+        call()
+        roofline.now(device)
+    averages = seen.key_averages()
+    key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    busy = sum(getattr(event, key) for event in averages) / 1e6
+    print(f"{name}: {1000 * wall:.2f} ms, of which operators {1000 * busy:.2f}")
+    print(averages.table(sort_by=key, row_limit=options.rows, max_name_column_width=60))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--accels", nargs="+", default=["", "auto"])
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--rows", type=int, default=15, help="of the table")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
