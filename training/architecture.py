@@ -33,16 +33,16 @@ def vae() -> AutoencoderKL:
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(widths: tuple[int, int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
     """SDXL's block pattern, two layers a block so that its block names all exist."""
     return UNet2DConditionModel(
         sample_size=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=UNET_WIDTHS,
+        block_out_channels=widths,
         layers_per_block=2,
         transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=tuple(width // 32 for width in UNET_WIDTHS),
+        attention_head_dim=tuple(width // 32 for width in widths),
         cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH,
         norm_num_groups=8,
         use_linear_projection=True,

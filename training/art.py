@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,6 +24,8 @@ LEVELS = (512, 384, 256, 192, 128)
 
 def rasterise(svg: Path, size: int) -> Pixels:
     """One drawing as a square RGBA array."""
+    import resvg_py  # only where drawings are made
+
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size)
     picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     return np.asarray(picture.resize((size, size)) if picture.size != (size, size) else picture)

@@ -65,10 +65,15 @@ def asked_to_stop() -> bool:
     return _stop.is_set()
 
 
+def heed() -> None:
+    """Take SIGTERM as the wish to end, in this process."""
+    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+
+
 def member(rank: int, size: int, meeting: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """One process: meet the others, then work on one thread."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+    heed()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     try:
         work(Team(rank, size), *arguments)

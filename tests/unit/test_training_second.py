@@ -1,0 +1,283 @@
+"""The second edition's recipe up to a training step: subjects, words, scenes, pictures, stores, courses."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import architecture, words
+from training.places import BUILTIN
+from training.second import autoencoder, course, learn, plans, reading, reservoir, scene, tables
+from training.second import vocabulary as vocabulary_module
+from training.second.art import LEVELS, Art
+from training.second.captions import caption
+from training.second.course import CPU, GPU, Course, Size, Stage
+from training.second.render import render
+from training.second.scene import Frame, Ground, Scene, Thing, draw, held_out
+from training.second.subjects import COLOURS, LANDS, SKIES, STYLES, subjects
+from training.second.vocabulary import spelled, vocabulary
+from training.subjects import BACKGROUNDS
+from training.team import alone
+
+WHITE, BLACK = COLOURS.index("white"), COLOURS.index("black")
+
+
+@pytest.fixture(autouse=True)
+def ordinary_arithmetic() -> Iterator[None]:
+    """Training flushes denormal numbers for speed; the tests after these need them."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[vocabulary_module.Vocabulary]:
+    """The vocabulary, made from the shipped tokenizer instead of the fetched package."""
+    listed = tmp_path / "bpe.txt.gz"
+    listed.write_bytes(gzip.compress((BUILTIN / "tokenizer" / "merges.txt").read_bytes()))
+    monkeypatch.setattr(words, "BPE", listed)
+    monkeypatch.setattr(words, "CACHE", tmp_path)
+    monkeypatch.setattr(vocabulary_module, "TABLE", tmp_path / "vocabulary.json")
+    vocabulary.cache_clear()
+    yield vocabulary()
+    vocabulary.cache_clear()
+
+
+def red_squares() -> Art:
+    """Drawings that are all the same: an opaque red square that fills its frame."""
+    count = len(subjects()) * len(STYLES)
+    red = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)[None, :, None, None]
+    return Art({side: red.expand(count, 4, side, side) for side in LEVELS})
+
+
+def some_scenes(count: int, seed: int = 0, **more: object) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [draw(rng, 256, 256, len(subjects()), **more) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def plain(things: list[Thing], colour: int, style: int = 0, frame: Frame | None = None) -> Scene:
+    return Scene(tuple(things), style, Ground(colour), frame or Frame(64, 64))
+
+
+def painted(*scenes: Scene) -> np.ndarray:
+    """Pictures (n, height, width, 3) of 0..255."""
+    made = render(tables.tabulate(list(scenes)), red_squares())
+    return ((made.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round()
+
+
+def test_there_are_several_hundred_subjects_each_with_one_name_and_three_drawings() -> None:
+    """No name or synonym stands for two subjects; the documented example's nouns are there."""
+    table = subjects()
+    assert len(table) >= 300 and all(subject.code and subject.icon for subject in table)
+    said = [word for subject in table for word in {subject.name, *subject.synonyms}]
+    assert len(said) == len(set(said))
+    assert {"motorcycle", "cactus", "mountain"} <= {subject.name for subject in table[: course.CORE]}
+
+
+def test_every_caption_is_in_the_vocabulary_and_read_as_clip_reads_it(known: vocabulary_module.Vocabulary) -> None:
+    """Looking words up one by one gives the ids that CLIP's tokenizer gives for the whole caption."""
+    rng = np.random.default_rng(1)
+    for at, one in enumerate(some_scenes(300)):
+        text = caption(rng, one)
+        found = [known.used[row] for word in spelled(text) for row in known.rows[word]]
+        if at % 10 == 0:
+            assert found == words.ids_of(text), text
+    first, second = known.encode(["a cat, blue background", ""], 16)
+    bos, eos, mark = known.marks
+    assert first[:, 0].tolist() == [bos, bos] and first[1, 1:].eq(eos).all() and second[1, 2:].eq(mark).all()
+
+
+def test_what_a_caption_leaves_out_has_one_meaning() -> None:
+    """Flat and line are always said, and every plain colour but white, and every sky but day's."""
+    rng = np.random.default_rng(2)
+    for one in some_scenes(800):
+        text, ground = caption(rng, one), one.ground
+        if one.things and one.style:
+            assert STYLES[one.style] in text or "outline" in text, text
+        if ground.plain and ground.colour != WHITE:
+            assert COLOURS[ground.colour] in text, text
+        if not ground.plain and SKIES[ground.sky] == "night":
+            assert "night" in text or "stars" in text, text
+
+
+def test_every_thing_of_a_scene_is_named() -> None:
+    """Both of a pair; a number for several alike."""
+    rng = np.random.default_rng(3)
+    for one in some_scenes(500, pairs=0.9):
+        text = caption(rng, one)
+        for thing in one.things:
+            subject = subjects()[thing.subject]
+            assert any(word in text for word in (subject.name, subject.plural or subject.name, *subject.synonyms)), text
+
+
+def test_training_never_draws_what_the_evaluation_asks_for() -> None:
+    """Every subject has, in each style, one plain colour that only the evaluation sees; the lots keep to that."""
+    for subject in range(0, len(subjects()), 17):
+        for style in range(len(STYLES)):
+            kept = [held_out(plain([Thing(subject, 0.7, 0.5, 0.5)], colour, style)) for colour in range(len(COLOURS))]
+            assert sum(kept) == 1
+    assert not any(held_out(one) for one in some_scenes(500))
+    assert all(held_out(one) for one in some_scenes(50, kept_out=True))
+
+
+def test_an_object_is_painted_where_the_scene_says() -> None:
+    """Size is a share of the shorter side; the middle is where it was put, in wide pictures too."""
+    wide = plain([Thing(0, 0.5, 0.25, 0.5)], WHITE, frame=Frame(64, 128))
+    picture = painted(wide)[0]
+    rows, columns = np.nonzero(picture[..., 1] < 10)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (16, 48, 16, 48)
+    assert (picture[0, 0] == BACKGROUNDS["white"]).all()
+
+
+def test_a_window_shows_a_part_of_the_same_picture() -> None:
+    """A cropped frame is the canvas's own pixels, and its six numbers tell size and corner."""
+    ground = Ground(-1, LANDS.index("desert"), SKIES.index("sunset"), True, seed=5)
+    canvas = Scene((Thing(0, 0.5, 0.5, 0.5),), 0, ground, Frame(96, 96))
+    window = Scene(canvas.things, 0, ground, Frame(64, 64, 16, 24, 96, 96))
+    np.testing.assert_allclose(painted(window)[0], painted(canvas)[0][16:80, 24:88], atol=1)
+    assert window.frame.ids == (96, 96, 16, 24, 64, 64)
+    assert Frame(512, 512, sharp=0.5).ids == (256, 256, 0, 0, 512, 512)
+
+
+def test_sceneries_have_land_below_a_sky_of_their_hour() -> None:
+    """Night is darker than day, the desert's ground is yellower than its sky, and mountains change the picture."""
+
+    def scenery(land: str, sky: str, mountains: bool = False) -> Scene:
+        return Scene((), 0, Ground(-1, LANDS.index(land), SKIES.index(sky), mountains, seed=9), Frame(64, 64))
+
+    day, night, hills = painted(scenery("desert", "day"), scenery("desert", "night"), scenery("desert", "day", True))
+    assert night.mean() < 0.5 * day.mean()
+    sky, ground = day[4].mean(0), day[60].mean(0)
+    assert ground[0] > ground[2] + 40 and sky[2] > sky[0] + 40
+    assert np.abs(hills - day).mean() > 2
+
+
+def test_line_icons_are_dark_on_light_and_light_on_dark() -> None:
+    """The icon's ink follows what is under it."""
+    line = STYLES.index("line")
+    light, dark = (painted(plain([Thing(0, 0.5, 0.5, 0.5)], ground, line))[0][32, 32] for ground in (WHITE, BLACK))
+    assert light.max() < 40 and dark.min() > 215
+
+
+def small_vae() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return architecture.vae().requires_grad_(False)
+
+
+def test_a_store_holds_the_scenes_of_its_step_and_is_found_full_again(tmp_path: Path) -> None:
+    """Scene n lies at n modulo the capacity; a torn place is found missing; another process finds what was written."""
+    material = reservoir.Material(8, 8, 8, 0.7, 0.2, seed=3)
+    store = reservoir.Reservoir(material, 6, red_squares(), small_vae(), tmp_path)  # type: ignore[arg-type]
+    assert store.missing(0) == list(range(6))
+
+    def fill(numbers: list[int]) -> None:
+        store.renew(numbers, tables.tabulate([material.scene(number) for number in numbers]))
+
+    fill(list(range(6)))
+    assert store.missing(0) == [] and store.missing(2) == [6, 7]
+    fill([6])
+    again = reservoir.Reservoir(material, 6, red_squares(), small_vae(), tmp_path)  # type: ignore[arg-type]
+    assert again.missing(1) == [] and again.missing(0) == [0]
+    torch.testing.assert_close(again.latents, store.latents)
+    again.numbers[3] = reservoir.EMPTY
+    assert again.missing(1) == [3]
+
+
+def test_a_course_counts_samples_or_shares_out_minutes() -> None:
+    """By samples a stage lasts its steps; by minutes it lasts its share of them, however fast the machine."""
+    assert CPU.where(0, 1e9) == (0, 0.0)
+    assert CPU.where(CPU.stages[0].steps, 0)[0] == 1
+    assert CPU.where(sum(stage.steps for stage in CPU.stages), 0)[0] == len(CPU.stages)
+    timed = GPU.lasting(10)
+    shares = [stage.samples for stage in GPU.stages]
+    assert timed.where(0, 600 * shares[0] / sum(shares) + 1)[0] == 1
+    assert timed.where(5, 601)[0] == len(GPU.stages)
+
+
+def test_larger_sizes_take_fewer_samples_a_step() -> None:
+    """A step costs about the same at every size of a stage."""
+    mixed = len(CPU.stages) - 1
+    sizes = CPU.stages[mixed].sizes
+    counts = [plans.batch_of(CPU, mixed, at, 1) for at in range(len(sizes))]
+    smallest = min(range(len(sizes)), key=lambda at: sizes[at].height * sizes[at].width)
+    assert counts[smallest] == max(counts) == CPU.stages[mixed].batch and min(counts) >= 1
+
+
+TINY = Course(
+    name="test",
+    widths=(32, 64, 128),
+    cast=8,
+    stages=(
+        Stage("a", (Size(8, 8),), 8, 2, (1e-3, 1e-4), 6, renewed=0.5, coarse=0.6),
+        Stage("b", (Size(8, 8), Size(8, 16)), 4, 2, (1e-3, 1e-4), 4, renewed=0.5),
+    ),
+)
+
+
+def test_a_plan_is_decided_by_its_step(known: vocabulary_module.Vocabulary) -> None:
+    """The same step gives the same plan in any process; what it shows is in store; what it renews comes next."""
+    one, same = plans.Plans(TINY, 0)[3], plans.Plans(TINY, 0)[3]
+    assert torch.equal(one.ids, same.ids) and torch.equal(one.places, same.places)
+    assert one.renewed == [one.renewed[0]] == [plans.Plans(TINY, 0).first(3, 0) + 6 - 1]
+    assert not torch.equal(one.ids, plans.Plans(TINY, 0)[4].ids)
+    assert (one.timesteps < 1000).all() and one.sizes.shape == (2, 6)
+
+
+@pytest.mark.usefixtures("known")
+def test_every_plan_finds_its_pictures_in_store_whichever_sizes_came_between() -> None:
+    """Renewed by each plan in turn, a size's store never lacks a scene, though other sizes come in between."""
+    made, held = plans.Plans(TINY, 1), plans.capacity(TINY, 1, 1)
+    stores: dict[int, np.ndarray] = {}
+    for step in range(60):
+        plan = made[step]
+        first = made.first(step, plan.size)
+        window = first + (np.arange(held) - first) % held
+        store = stores.setdefault(plan.size, window.copy())
+        for number in plan.renewed:
+            store[number % held] = number
+        assert (store == window).all(), step
+    assert len(stores) == 2 and all(store.max() > held for store in stores.values())
+
+
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> list[float]:
+    """Train on a tiny course, asked to stop after so many questions whether to."""
+    asked = iter(range(10_000))
+    monkeypatch.setattr(learn.art, "load", lambda _device: red_squares())
+    monkeypatch.setattr(autoencoder, "settled", small_vae)
+    monkeypatch.setattr(learn, "asked_to_stop", lambda: next(asked) >= stop_after)
+
+    def untaught() -> reading.Reader:
+        torch.manual_seed(1)
+        return reading.Reader()
+
+    monkeypatch.setattr(learn, "taught", untaught)
+    return learn.train(alone(), TINY, folder, device="cpu")
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    known: vocabulary_module.Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the first of two stages and started again, it has the same losses to the end."""
+    whole = trained(tmp_path / "whole", monkeypatch, 10_000)
+    parts = trained(tmp_path / "parts", monkeypatch, 8)
+    assert 0 < len(parts) < len(whole) == 6
+    parts += trained(tmp_path / "parts", monkeypatch, 10_000)
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_reading_lesson_asks_for_what_the_caption_says(known: vocabulary_module.Vocabulary) -> None:
+    """Each meaning is within its kind, and a scene without things has none."""
+    ids, _, wanted = reading.lesson(0, 64)
+    assert len(ids) == 64 and all(int(wanted[:, at].max()) < kinds for at, kinds in enumerate(reading.KINDS))
+    empty = Scene((), 0, Ground(-1, 1, 1, True, 0), Frame(64, 64))
+    assert reading.meaning(empty)[:2] == (reading.NOTHING, reading.NOTHING)
+
+
+def test_a_crop_s_lots_and_a_scene_s_are_the_same_for_the_same_seed() -> None:
+    """Scenes are decided by the generator alone."""
+    assert some_scenes(20, 4) == some_scenes(20, 4) != some_scenes(20, 5)
+    assert scene.PLACES.keys() <= set(reading.SAID)

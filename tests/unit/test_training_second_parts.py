@@ -1,0 +1,236 @@
+"""The second edition's recipe beside the base: refiner, few steps, the lent GPU's errands, and the evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from impasto.engine.engine import Engine
+from impasto.lora.inspect import inspect_lora
+from impasto.models.catalog import find_model
+from impasto.models.shapes import parameter_shapes
+from impasto.types import GenerationRequest, ImageReady
+from tests.unit.test_training_second import known, painted, plain, red_squares, small_vae  # noqa: F401
+from training import checkpoint
+from training.adapter_files import write_lora
+from training.adapters import ALPHA
+from training.second import (
+    autoencoder,
+    evaluate,
+    export,
+    few_steps,
+    judge,
+    lease,
+    measures,
+    model_card,
+    questions,
+    refiner,
+)
+from training.second.course import COURSES, TINY
+from training.second.evaluate import Seen
+from training.second.hand import Hand
+from training.second.learn import Painter
+from training.second.reading import LENGTH
+from training.second.scene import Frame, Thing, held_out
+from training.second.subjects import COLOURS, subjects
+
+WHITE, BLUE = COLOURS.index("white"), COLOURS.index("blue")
+
+
+@pytest.fixture(autouse=True)
+def ordinary_arithmetic() -> Iterator[None]:
+    """Training flushes denormal numbers for speed; the tests after these need them."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("known")
+def test_the_engine_takes_the_exported_base_and_refiner_as_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untrained networks, written as folders, load as an SDXL base with its refiner and draw a picture together."""
+    monkeypatch.setattr(autoencoder, "settled", small_vae)
+    torch.manual_seed(0)
+    base, made = Painter(TINY.widths), refiner.Refiner(TINY.widths)
+    export.write(base, small_vae(), tmp_path / "base")  # type: ignore[arg-type]
+    size = export.write(made, small_vae(), tmp_path / "refiner", whole=False)  # type: ignore[arg-type]
+    assert size < export.LIMIT_BYTES and not (tmp_path / "refiner" / "text_encoder").exists()
+    assert json.loads((tmp_path / "refiner" / "model_index.json").read_text())["requires_aesthetics_score"] is True
+    engine = Engine.load(str(tmp_path / "base"), refiner=str(tmp_path / "refiner"), dtype="float32", device="cpu")
+    asked = GenerationRequest("a fox", width=64, height=64, num_inference_steps=2, refine="expert_ensemble_refiner")
+    assert [e.image.size for e in engine.generate(asked) if isinstance(e, ImageReady)] == [(64, 64)]
+
+
+def test_wear_grows_with_the_noise_and_leaves_some_pictures_whole() -> None:
+    """At no noise nothing is worn; at much noise about half of the pictures are."""
+    latents = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    clean = refiner.worn(latents, 1, torch.full((64,), 0.99999))
+    assert (clean - latents).abs().max() < 0.05
+    changed = (refiner.worn(latents, 1, torch.full((64,), 0.5)) - latents).flatten(1).abs().amax(1) > 0
+    assert 16 < int(changed.sum()) < 48
+
+
+@pytest.mark.usefixtures("known")
+def test_a_student_begins_as_its_teacher_and_its_file_is_a_lora_the_product_reads(tmp_path: Path) -> None:
+    """Before the first step the factors change nothing; written, every one of them is understood."""
+    torch.manual_seed(0)
+    base = Painter(TINY.widths)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, LENGTH, 160), torch.randn(1, 96)
+    six = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+    with torch.no_grad():
+        before = base(*given, six)
+        student = few_steps.Student(base)
+        torch.testing.assert_close(student(*given, six), before)
+    learning = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert learning and all("down" in name or "up" in name for name in learning)
+    run = few_steps.Distillation.__new__(few_steps.Distillation)
+    run.painter, run.average = student, checkpoint.Average(student, 0.9)
+    write_lora(tmp_path / "few.safetensors", run.learned(), few_steps.CARD, ALPHA, 1)
+    found = inspect_lora(tmp_path / "few.safetensors", "few", parameter_shapes(find_model("builtin")))
+    assert found.problem is None
+
+
+def test_at_no_noise_the_student_answers_with_what_it_was_given() -> None:
+    """The boundary condition of consistency models; far from it the answer is the estimate alone."""
+    skip, out = few_steps.boundary(torch.tensor([0, 999]))
+    assert skip.flatten().tolist() == pytest.approx([1, 0], abs=1e-4)
+    assert out.flatten().tolist() == pytest.approx([0, 1], abs=1e-4)
+
+
+def test_results_travel_in_parts_and_are_put_together_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes home is the average in half precision, without the optimiser, in parts of bounded size."""
+    monkeypatch.setattr(lease, "PART", 1000)
+    away, home = tmp_path / "away", tmp_path / "home"
+    weights = {"w": torch.randn(400)}
+    far = {"stage": 1, "stage_step": 2, "step": 3, "samples": 4, "spent": 5.0}
+    state = far | {"live": weights, "average": {"w": torch.ones(400)}, "optimiser": {"m": torch.zeros(9999)}}
+    checkpoint.save(away / "tiny.pt", state)
+    (away / lease.LEDGER).write_text(json.dumps({"base": 60.0}))
+    lease.results(lease.Lease(away, tmp_path / "out", TINY, "cpu", 0))
+    parts = sorted((tmp_path / "out").glob("weights.zip.*"))
+    assert len(parts) > 1 and all(part.stat().st_size <= 1000 for part in parts)
+    assert set(lease.take(tmp_path / "out", home)) == {"tiny.pt", lease.LEDGER}
+    found = checkpoint.load(home / "tiny.pt")
+    assert found is not None and "optimiser" not in found and found["step"] == 3
+    assert found["live"]["w"].dtype == torch.float16 and bool((found["average"]["w"] == 1).all())
+    assert lease.spent(home)["base"] == 60.0 and lease.spent(home)["refiner"] == 0.0
+
+
+def test_the_phases_share_the_whole_time() -> None:
+    """Shares add up to it, and each base course has a refiner and a distillation of its own."""
+    assert sum(share for share, _ in lease.PHASES.values()) == pytest.approx(1)
+    for name in ("cpu", "gpu", "tiny"):
+        assert COURSES[f"{name}-refiner"].base == COURSES[f"{name}-few-steps"].base == name
+
+
+def test_the_measures_find_what_was_composed() -> None:
+    """Background, number, place and order of objects, on pictures that are known."""
+    frame = Frame(256, 256)
+    pair = [Thing(0, 0.4, 0.26, 0.5), Thing(0, 0.4, 0.74, 0.5)]
+    one, two, corner = painted(
+        plain([Thing(0, 0.7, 0.5, 0.5)], BLUE, frame=frame),
+        plain(pair, WHITE, frame=frame),
+        plain([Thing(0, 0.3, 0.75, 0.25)], BLUE, frame=frame),
+    ).astype(np.float64)
+    assert measures.background(one) == "blue" and measures.background(two) == "white"
+    assert [len(measures.objects(picture)) for picture in (one, two, corner)] == [1, 2, 1]
+    assert measures.place(measures.objects(one)[0]) == ""
+    assert measures.place(measures.objects(corner)[0]) == "top right"
+    cut = measures.cut(corner, measures.objects(corner)[0])
+    assert cut.shape[0] == cut.shape[1] < 256 and measures.background(cut) == "blue"
+
+
+def test_seam_grain_and_squares_tell_flaws_from_their_absence() -> None:
+    """1 on a slope, more where there is a step; 0 on a plain colour, more with noise; 0 on squares, 1 on a slope."""
+    slope = np.mgrid[0:256, 0:256][1][..., None].repeat(3, 2).astype(np.float64)
+    stepped = slope + 20 * (slope >= 128)
+    assert measures.seam(slope, 128) == pytest.approx(1) and measures.seam(stepped, 128) > 10
+    flat = np.full((256, 256, 3), 90.0)
+    noisy = flat + np.random.default_rng(0).normal(0, 5, flat.shape)
+    assert measures.grain(flat) == 0 and measures.grain(noisy) == pytest.approx(5, rel=0.1)
+    blocks = np.random.default_rng(1).uniform(0, 255, (16, 16, 3)).repeat(16, 0).repeat(16, 1)
+    assert measures.squares(blocks) < 1e-9 and measures.squares(slope) == pytest.approx(1)
+
+
+def test_the_evaluation_asks_only_for_what_training_leaves_out() -> None:
+    """Every question of every kind; each prompt names what its scene shows."""
+    names = [subject.name for subject in subjects()[:20]]
+    asked = questions.questions(names, 20)
+    assert len(asked) == 20 * len(questions.KINDS) and len({question.seed for question in asked}) == len(asked)
+    for question in asked:
+        assert held_out(question.scene)
+        assert COLOURS[question.scene.ground.colour] in question.prompt
+        shown = subjects()[question.scene.things[0].subject]
+        assert shown.name in question.prompt or shown.plural in question.prompt
+    with pytest.raises(ValueError, match="zyzzyva"):
+        questions.questions(["zyzzyva"], 1)
+
+
+def test_the_tally_tells_right_answers_from_shifted_ones() -> None:
+    """A perfect model has 1 everywhere; the same pictures against other questions have almost nothing right."""
+    names = [subject.name for subject in subjects()[:20]]
+    asked = [question for question in questions.questions(names, 20) if question.kind == "single"]
+    seen = [
+        Seen(COLOURS[q.scene.ground.colour], (subjects()[q.scene.things[0].subject].name,), ("3d",), ("",))
+        for q in asked
+    ]
+    assert set(evaluate.tally(asked, seen)["single"].values()) == {1.0}
+    assert evaluate.tally(asked, seen, shift=7)["single"]["object"] == 0
+
+
+def test_the_card_tells_every_figure_of_the_report() -> None:
+    """The table has a row for each kind and matter, with both controls, and the command that made it."""
+    share = {"single": {"background": 0.97, "object": 0.85}}
+    report = {
+        "edition": "second", "subjects": 3, "questions": 5, "size": 512, "steps": 20, "guidance": 5.0,
+        "judge_on_composed_pictures": 0.961, "generated": share, "composed": share,
+        "shuffled": {"single": {"background": 0.11, "object": 0.01}},
+        "nearest_training_picture": {"generated": 0.05, "unseen_real": 0.04},
+        "features": {"inpainting": {"seam": 1.1, "kept_part_changed": 0.0}, "grain": 2.0, "sharpness": 30.0},
+    }  # fmt: skip
+    text = model_card.text(report)
+    assert "| single | object | 85% | 85% | 1% |" in text and "96.1%" in text
+    assert "python -m training.second.evaluate --edition second --count 5" in text
+
+
+def test_a_picture_without_an_object_has_none() -> None:
+    """The control of the measure of objects."""
+    empty = Image.new("RGB", (64, 64), "white")
+    assert measures.objects(np.asarray(empty, np.float64)) == []
+
+
+def test_the_judge_goes_on_where_it_stopped_and_tells_its_own_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps in two calls; what is read back names subjects and styles and says how often it is right."""
+    monkeypatch.setattr(judge.art, "load", lambda _device: red_squares())
+    for steps in (1, 2):
+        judge.train(steps, device="cpu", state=tmp_path / "judge.pt")
+    done = checkpoint.load(tmp_path / "judge.pt")
+    assert done is not None and done["step"] == 2
+    made, accuracy = judge.trained(tmp_path / "judge.pt")
+    subject, style = made(torch.zeros(2, 3, 96, 96))
+    assert subject.shape == (2, len(subjects())) and style.shape == (2, 3) and 0 <= accuracy < 0.2
+
+
+@pytest.mark.usefixtures("known")
+def test_the_evaluation_runs_from_prompts_to_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untrained networks through the whole of it: every kind has its figures and controls, and the card is written."""
+    monkeypatch.setattr(evaluate.art, "load", red_squares)
+    torch.manual_seed(0)
+    export.write(Painter(TINY.widths), small_vae(), tmp_path / "base")  # type: ignore[arg-type]
+    engine = Engine.load(str(tmp_path / "base"), dtype="float32", device="cpu", max_batch=1)
+    hand, eye = Hand(engine, size=64, steps=1, guidance=1.0), evaluate.Eye(judge.Judge().eval(), 0.5)
+    more = {"loras": tmp_path, "refined": False, "few_steps": None}
+    report, grid = evaluate.evaluate(hand, eye, ["fox", "cat", "dog"], 2, more)
+    assert report["generated"].keys() == report["composed"].keys() == set(questions.KINDS)
+    assert report["composed"]["single"]["background"] == 1 and report["composed"]["two alike"]["count"] == 1
+    assert report["composed"]["place"]["place"] == 1
+    assert grid.size[0] == evaluate.COLUMNS * 160
+    assert "Refiner: none ships" in model_card.text({"edition": "second"} | report)

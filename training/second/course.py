@@ -1,0 +1,167 @@
+"""The courses: which sizes, how long, how wide, for two CPU cores and for one GPU.
+
+Knows plans. Does not know how a step is made. A course is measured in samples, or, where time is short and the speed
+not known beforehand, in minutes: then each stage has its share of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from training.second.subjects import subjects
+
+ALL = len(subjects())
+CORE = 181  # the first so many of the table: what people ask for first
+
+
+@dataclass(frozen=True)
+class Size:
+    """Height and width in latents, and how often it comes."""
+
+    height: int
+    width: int
+    often: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a course.
+
+    ``noisy``, ``coarse`` and ``emphasis`` are those of ``training.batches`` and ``training.unet``; ``renewed`` is how
+    many scenes are drawn anew for each sample; ``plain`` and ``pairs`` are those of ``scene.draw``.
+    """
+
+    name: str
+    sizes: tuple[Size, ...]
+    samples: int
+    batch: int
+    rates: tuple[float, float]
+    capacity: int
+    noisy: float = 0.0
+    emphasis: float = 1.0
+    coarse: float = 0.0
+    renewed: float = 0.0625
+    plain: float = 0.7
+    pairs: float = 0.2
+    short: bool = True  # bfloat16 arithmetic
+    top: int = 1000  # noise levels from here on up do not come
+
+    @property
+    def steps(self) -> int:
+        """How many steps the samples make."""
+        return -(-self.samples // self.batch)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A whole training: the network's widths, the cast, the stages.
+
+    With ``minutes`` the stages divide that time as their samples say; without, samples are counted. ``decay`` is that
+    of the averaged weights.
+    """
+
+    name: str
+    widths: tuple[int, int, int]
+    cast: int
+    stages: tuple[Stage, ...]
+    decay: float = 0.995
+    reader_pace: float = 0.2
+    minutes: float = 0.0
+    seed: int = 7
+    base: str = ""  # the course whose text encoders it reads with, where it has none of its own
+
+    def where(self, step: int, spent: float) -> tuple[int, float]:
+        """The stage (its index) and how far into it (0..1); the index is past the last one when the course is over.
+
+        Args:
+            step: Steps made so far.
+            spent: Seconds spent on them, all runs together.
+        """
+        whole = sum(stage.samples for stage in self.stages)
+        done = spent / (60 * self.minutes) * whole if self.minutes else float(step)
+        for index, stage in enumerate(self.stages):
+            length = stage.samples if self.minutes else stage.steps
+            if done < length:
+                return index, done / length
+            done -= length
+        return len(self.stages), 0.0
+
+    def lasting(self, minutes: float) -> Course:
+        """The same course in that time."""
+        return replace(self, minutes=minutes)
+
+
+def square(side: int, often: float = 1.0) -> Size:
+    """A square size."""
+    return Size(side, side, often)
+
+
+ASPECTS = (
+    square(64, 3), Size(64, 96), Size(96, 64), Size(48, 80, 0.7), Size(80, 48, 0.7), square(96, 1), square(128, 0.6),
+)  # fmt: skip
+
+CPU = Course(
+    name="cpu",
+    widths=(32, 64, 128),
+    cast=CORE,
+    stages=(
+        Stage("16", (square(16),), 400_000, 48, (1.6e-3, 8e-4), 4_096, 0.3, 2.0, plain=0.75, pairs=0.12, short=False),
+        Stage("32", (square(32),), 120_000, 24, (9e-4, 6e-4), 3_072, noisy=0.2, emphasis=1.5, coarse=0.3),
+        Stage("64", (square(64),), 40_000, 8, (7e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
+        Stage("mixed", ASPECTS, 12_000, 8, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
+    ),
+)
+"""Two shared cores, for as many hours as there are; a stage's samples may be cut short by the next session's edit."""
+
+GPU = Course(
+    name="gpu",
+    widths=(32, 96, 192),
+    cast=ALL,
+    stages=(
+        Stage("16", (square(16),), 10, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.0, 0.125, pairs=0.25),
+        Stage("32", (square(32),), 28, 768, (1.4e-3, 9e-4), 65_536, 0.3, 1.6, 0.3, 0.25, pairs=0.25),
+        Stage("64", (square(64),), 44, 256, (9e-4, 4e-4), 32_768, 0.5, 1.7, 0.6, 0.25, pairs=0.25),
+        Stage("mixed", ASPECTS, 18, 192, (4e-4, 1e-5), 4_096, 0.4, 1.5, 0.6, 0.25, pairs=0.25),
+    ),
+    decay=0.998,
+    minutes=20.0,
+)
+"""One H100: the samples are shares of the time (``lasting`` says how much)."""
+
+TINY = Course(
+    name="tiny",
+    widths=(32, 64, 128),
+    cast=8,
+    stages=(
+        Stage("a", (square(16),), 24, 4, (1e-3, 8e-4), 16, renewed=0.5),
+        Stage("b", (square(16), Size(16, 24)), 16, 4, (8e-4, 1e-5), 8, coarse=0.6, renewed=0.5),
+    ),
+)
+"""For trying that everything runs."""
+
+
+def refining(base: Course, batch: int, samples: int, capacity: int, minutes: float = 0.0) -> Course:
+    """A refiner beside a base: the last quarter of the noise levels, at the sizes that are asked for."""
+    rates, sizes = (8e-4, 1e-5), (square(64, 3), Size(64, 96), Size(96, 64), square(96), square(128, 0.4))
+    stage = Stage("refine", sizes, samples, batch, rates, capacity, emphasis=0.0, top=260)
+    name = f"{base.name}-refiner"
+    return Course(name, CPU.widths, base.cast, (stage,), base.decay, 0.0, minutes, seed=17, base=base.name)
+
+
+def distilling(base: Course, batch: int, samples: int, capacity: int, minutes: float = 0.0) -> Course:
+    """The few-step LoRA of a base."""
+    stage = Stage("distil", (square(64),), samples, batch, (1e-3, 1e-5), capacity, noisy=0.3, coarse=0.6)
+    name = f"{base.name}-few-steps"
+    return Course(name, base.widths, base.cast, (stage,), 0.95, 0.0, minutes, seed=19, base=base.name)
+
+
+BASES = (CPU, GPU, TINY)
+MORE = (
+    refining(CPU, 8, 24_000, 1_280),
+    refining(GPU, 256, 10, 8_192, minutes=3.0),
+    refining(TINY, 1, 4, 20),
+    distilling(CPU, 4, 4_000, 1_024),
+    distilling(GPU, 96, 10, 8_192, minutes=2.5),
+    distilling(TINY, 1, 3, 6),
+)
+COURSES = {course.name: course for course in (*BASES, *MORE)}

@@ -1,0 +1,339 @@
+"""Train the UNet and both text encoders of the second edition, on two CPU cores or one GPU, for as long as there is.
+
+The run can be ended at any moment, by a signal or by pulling the plug: it is saved every three minutes, whole, and
+the same command goes on from there. Knows the loss, the optimiser and the clock. Does not know how scenes are drawn,
+painted or worded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from training import architecture, checkpoint
+from training.batches import OFFSET_NOISE
+from training.linear_start import start_unet
+from training.second import art, autoencoder, machine
+from training.second.course import COURSES, Course, Stage
+from training.second.places import SECOND
+from training.second.plans import Fillings, Plan, Plans, capacity, material
+from training.second.reading import Reader
+from training.second.reading import trained as taught
+from training.second.reservoir import Reservoir, chunk
+from training.team import Team, alone, asked_to_stop, heed, together
+from training.unet import importance, signal_shares
+
+SAVE_EVERY = {"cpu": 180, "cuda": 60}  # seconds, by device
+REPORT_EVERY = 50  # steps
+
+
+class Painter(nn.Module):
+    """UNet and text encoders as one module, in the compact vocabulary."""
+
+    def __init__(self, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.unet = architecture.unet(widths)
+        self.reader = Reader()
+
+    def forward(self, noisy: Tensor, levels: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
+        """The noise estimate."""
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        made: Tensor = self.unet(noisy, levels, states, added_cond_kwargs=added, return_dict=False)[0]
+        return made
+
+
+@dataclass(frozen=True)
+class Given:
+    """A step's material on the device."""
+
+    noisy: Tensor
+    noise: Tensor
+    levels: Tensor
+    ids: Tensor
+    ids_2: Tensor
+    kept: Tensor
+    sizes: Tensor
+
+
+def drawn_noise(shape: tuple[int, ...], coarse: float, seed: int, device: torch.device) -> Tensor:
+    """White noise, its mean moved a little, and noise in blocks of 4 to 32 latents (see ``batches.coarse_noise``)."""
+    dice = torch.Generator(device).manual_seed(seed)
+    count, channels, high, wide = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(count, channels, *size, generator=dice, device=device)
+
+    noise = normal(high, wide) + OFFSET_NOISE * normal(1, 1)
+    if coarse:
+        for cell in (4, 8, 16, 32):
+            if cell <= min(high, wide) // 4:
+                strength = coarse * torch.rand(count, 1, 1, 1, generator=dice, device=device)
+                blocks = F.interpolate(normal(-(-high // cell), -(-wide // cell)), scale_factor=cell)
+                noise += strength * blocks[:, :, :high, :wide]
+    return noise
+
+
+def noised(latents: Tensor, noise: Tensor, share: Tensor) -> Tensor:
+    """Pictures under noise; ``share`` (n) of alpha-bar."""
+    share = share[:, None, None, None]
+    return (share.sqrt() * latents + (1 - share).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+
+
+class Stores:
+    """The reservoirs of one stage, filled when they are first needed."""
+
+    def __init__(self, run: Run, stage: int) -> None:
+        self.run, self.stage, self.plans = run, stage, Plans(run.course, stage, run.team.rank, run.team.size)
+        self.by_size: dict[int, Reservoir] = {}
+
+    def store(self, size: int, step: int) -> Reservoir:
+        """The reservoir of a size, as it should be at a step."""
+        run = self.run
+        if size not in self.by_size:
+            shown = material(run.course, self.stage, size, run.team.rank)
+            held = capacity(run.course, self.stage, run.team.size)
+            made = Reservoir(shown, held, run.art, run.vae, run.folder / "stores" if run.on_cpu else None)
+            self.fill(made, self.plans.first(step, size))
+            self.by_size[size] = made
+        return self.by_size[size]
+
+    def fill(self, made: Reservoir, first: int) -> None:
+        """Paint whatever is not there yet."""
+        missing, area = made.missing(first), made.material.height * made.material.width
+        parts = Fillings(made.material, missing, chunk(area, self.run.device))
+        began = time.monotonic()
+        for done, (numbers, table) in enumerate(loader(parts, self.run.workers)):
+            made.renew(numbers, table)
+            if done % 100 == 99:
+                print(f"{made.name}: {done + 1} of {len(parts)} parts {time.monotonic() - began:.0f} s", flush=True)
+            if asked_to_stop():
+                return
+
+    def prepare(self, plan: Plan, step: int) -> Reservoir:
+        """The plan's reservoir, renewed as the plan says."""
+        store = self.store(plan.size, step)
+        if plan.fresh is not None:
+            store.renew(plan.renewed, plan.fresh)
+        return store
+
+
+def whole(parts: list[Any]) -> Any:
+    """What a loader makes of a batch of one that is complete already."""
+    return parts[0]
+
+
+def loader(source: Any, workers: int, steps: range | None = None) -> DataLoader[Any]:
+    """The items in order, worked out ahead in other processes where there are any."""
+    ahead = {"prefetch_factor": 4} if workers else {}
+    return DataLoader(source, batch_size=1, sampler=steps, num_workers=workers, collate_fn=whole, **ahead)  # type: ignore[arg-type]
+
+
+class Run:
+    """A training run: live weights, their average, the optimiser, and how far it is."""
+
+    def __init__(self, course: Course, folder: Path, team: Team, device: torch.device, workers: int) -> None:
+        torch.manual_seed(course.seed)
+        machine.settle(device)
+        self.course, self.folder, self.team, self.device, self.workers = course, folder, team, device, workers
+        self.on_cpu = device.type == "cpu"
+        self.state = folder / f"{course.name}.pt"
+        self.art = art.load(device)
+        self.vae = autoencoder.settled().to(device, memory_format=torch.channels_last)
+        self.painter = self.beginner().to(device)
+        machine.suit(self.painter.unet, device)
+        self.average = checkpoint.Average(self.painter, course.decay)
+        self.optimiser = torch.optim.AdamW(self.groups(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.shares = signal_shares().to(device)
+        self.model: nn.Module = self.painter
+        self.stage = self.stage_step = self.step = self.samples = 0
+        self.spent = 0.0
+        self.resume()
+
+    def beginner(self) -> Painter:
+        """The network before its first step."""
+        made = Painter(self.course.widths)
+        start_unet(made.unet)
+        made.reader.load_state_dict(taught().state_dict())
+        return made
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What is learned, and at which share of the rate."""
+        unet, reader = self.painter.unet.parameters(), self.painter.reader.parameters()
+        return [{"params": list(unet), "pace": 1.0}, {"params": list(reader), "pace": self.course.reader_pace}]
+
+    def resume(self) -> None:
+        """Go on from the saved state, if there is one; weights alone are enough to start from."""
+        done = checkpoint.load(self.state)
+        if not done:
+            return
+        self.painter.load_state_dict(done["live"])
+        self.average.module.load_state_dict(done["average"])
+        if "optimiser" in done:
+            self.optimiser.load_state_dict(done["optimiser"])
+        self.stage, self.stage_step, self.step = done["stage"], done["stage_step"], done["step"]
+        self.samples, self.spent = done["samples"], done["spent"]
+
+    def keep(self) -> None:
+        """Write everything needed to go on."""
+        weights = {"live": self.painter.state_dict(), "average": self.average.module.state_dict()}
+        far = {"stage": self.stage, "stage_step": self.stage_step, "step": self.step, "samples": self.samples}
+        checkpoint.save(self.state, weights | far | {"optimiser": self.optimiser.state_dict(), "spent": self.spent})
+
+    def given(self, plan: Plan, store: Reservoir, stage: Stage) -> Given:
+        """The plan's pictures, noised, on the device."""
+        latents = store.at(plan.places)
+        levels = plan.timesteps.to(self.device)
+        seed = (self.course.seed * 1_000_003 + self.step) * 8 + self.team.rank
+        noise = drawn_noise(tuple(latents.shape), stage.coarse, seed, self.device)
+        noisy = noised(latents, noise, self.shares[levels])
+        kept, sizes = (torch.from_numpy(array).to(self.device) for array in (plan.kept, plan.sizes))
+        return Given(noisy, noise, levels, plan.ids.to(self.device), plan.ids_2.to(self.device), kept, sizes)
+
+    def loss_of(self, given: Given, stage: Stage) -> Tensor:
+        """The weighted error of the noise estimate."""
+        states, pooled = self.painter.reader(given.ids, given.ids_2)
+        states, pooled = states * given.kept[:, None, None], pooled * given.kept[:, None]
+        made = self.model(given.noisy, given.levels, states, pooled, given.sizes)
+        errors = (made.float() - given.noise).square().mean((1, 2, 3))
+        weighted: Tensor = (errors * importance(self.shares[given.levels], stage.emphasis)).mean()
+        return weighted
+
+    def advance(self, plan: Plan, store: Reservoir, share: float) -> Tensor:
+        """One step; returns its loss, still on the device."""
+        stage = self.course.stages[self.stage]
+        first, last = stage.rates
+        warm = min(1.0, (self.stage_step + 1) / 50)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["pace"] * warm * (first + (last - first) * share)
+        given = self.given(plan, store, stage)
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.short):
+            loss = self.loss_of(given, stage)
+        torch.autograd.backward(loss)
+        self.team.share_gradients(self.painter)
+        torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update(self.painter, self.step)
+        self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        self.samples += len(given.levels) * self.team.size
+        return loss.detach()
+
+    def enter(self, stage: int) -> None:
+        """Begin a stage, if it is another than before."""
+        if stage != self.stage:
+            self.stage, self.stage_step = stage, 0
+
+
+class Clock:
+    """Time spent, filling of reservoirs included, and when to save and report."""
+
+    def __init__(self, run: Run, seconds: float) -> None:
+        self.run, self.seconds = run, seconds
+        self.began = self.saved = self.last = time.monotonic()
+        self.losses: list[Tensor] = []
+        self.samples = run.samples
+
+    def over(self) -> bool:
+        """Whether the time is up or the run is asked to stop, in any process of the team."""
+        return self.run.team.any(asked_to_stop() or time.monotonic() - self.began > self.seconds)
+
+    def tick(self, loss: Tensor) -> None:
+        """Count a step; now and then report and save."""
+        run, now = self.run, time.monotonic()
+        run.spent, self.last = run.spent + now - self.last, now
+        self.losses.append(loss)
+        if run.step % REPORT_EVERY == 0 and run.team.rank == 0:
+            mean = float(torch.stack(self.losses).mean())
+            name, pace = run.course.stages[run.stage].name, (run.samples - self.samples) / (now - self.began)
+            print(
+                f"{run.course.name} stage {name} step {run.stage_step} loss {mean:.4f} samples {run.samples} "
+                f"{pace:.1f}/s {now - self.began:.0f} s",
+                flush=True,
+            )
+            self.losses.clear()
+        if now - self.saved > SAVE_EVERY[run.device.type] and run.team.rank == 0:
+            run.keep()
+            self.saved = now
+
+
+def steps_of(run: Run, clock: Clock) -> Iterator[float]:
+    """Make the steps of the current stage; yields the loss of each until the stage or the time is over."""
+    stores = Stores(run, run.stage)
+    ahead = loader(stores.plans, run.workers, range(run.stage_step, 1 << 30))
+    for plan in ahead:
+        index, share = run.course.where(run.step, run.spent)
+        if clock.over() or run.team.any(index != run.stage):
+            return
+        store = stores.prepare(plan, run.stage_step)
+        if asked_to_stop():
+            return
+        loss = run.advance(plan, store, share)
+        clock.tick(loss)
+        yield float(loss) if run.on_cpu else 0.0
+
+
+def train(
+    team: Team, course: Course, folder: Path = SECOND, seconds: float = 1e9, device: str | None = None,
+    workers: int = 0, compiled: bool = False,
+) -> list[float]:  # fmt: skip
+    """Go on with a course until it is over or the time is spent; the state is saved on the way and at the end."""
+    run = Run(course, folder, team, machine.device(device), workers)
+    if compiled:
+        run.model = torch.compile(run.painter)  # type: ignore[assignment]
+    return carry_on(run, seconds)
+
+
+def carry_on(run: Run, seconds: float) -> list[float]:
+    """Go on with a run until its course is over or the time is spent; returns the losses (on a GPU, zeros)."""
+    team, course = run.team, run.course
+    clock, losses = Clock(run, seconds), []
+    while not clock.over():
+        index, _ = course.where(run.step, run.spent)
+        if index >= len(course.stages):
+            break
+        run.enter(index)
+        losses += list(steps_of(run, clock))
+    if team.rank == 0:
+        run.keep()
+        print(f"{course.name}: {run.step} steps, {run.samples} samples, {run.spent:.0f} s", flush=True)
+    return losses
+
+
+def painter(course: Course, folder: Path = SECOND) -> Painter:
+    """The averaged weights of a course."""
+    done = checkpoint.load(folder / f"{course.name}.pt")
+    if done is None:
+        raise FileNotFoundError(
+            f"no weights of the course {course.name!r} in {folder}: run `python -m training.second.learn`"
+        )
+    made = Painter(course.widths)
+    made.load_state_dict(done["average"])
+    return made.requires_grad_(False).eval()
+
+
+if __name__ == "__main__":
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("course", choices=sorted(COURSES))
+    asked.add_argument("--seconds", type=float, default=1e9, help="of this run")
+    asked.add_argument("--minutes", type=float, default=0.0, help="of the whole course, instead of counting samples")
+    asked.add_argument("--processes", type=int, default=1, help="on a CPU")
+    asked.add_argument("--workers", type=int, default=0, help="that prepare steps ahead, on a GPU")
+    asked.add_argument("--device", default=None)
+    asked.add_argument("--compile", action="store_true")
+    chosen = asked.parse_args()
+    planned = COURSES[chosen.course]
+    planned = planned.lasting(chosen.minutes) if chosen.minutes else planned
+    if chosen.processes > 1:
+        together(chosen.processes, train, planned, SECOND, chosen.seconds, "cpu")
+    else:
+        heed()
+        train(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers, chosen.compile)

@@ -1,0 +1,27 @@
+"""The machine a step runs on: which device, and what is fast there. Knows torch's switches, nothing of the training."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+
+def device(wanted: str | None = None) -> torch.device:
+    """The device asked for, else the GPU if there is one."""
+    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def settle(place: torch.device) -> None:
+    """Fast arithmetic where its loss does not matter."""
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_flush_denormal(True)
+
+
+def suit(unet: UNet2DConditionModel, place: torch.device) -> None:
+    """Attention and memory layout for the device: on a CPU plain attention has the faster backward pass."""
+    unet.set_attn_processor(AttnProcessor2_0() if place.type == "cuda" else AttnProcessor())
+    unet.to(memory_format=torch.channels_last)

@@ -1,0 +1,13 @@
+"""Where the second edition keeps its files. Knows folders only.
+
+``IMPASTO_TRAINING`` moves the folder, as on a machine that is lent and given back.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from training.places import CACHE
+
+SECOND = Path(os.environ.get("IMPASTO_TRAINING", CACHE / "second"))
