@@ -119,8 +119,9 @@ def export(trained_painter: Painter, vae: AutoencoderKL, target: Path = BUILTIN)
     write_tokenizer(fresh / "tokenizer_2", "!")
     settle_scheduler(fresh / "scheduler")
     card.write(fresh)
-    if (target / "loras").is_dir():  # of the model that is replaced; ``training.adapters`` makes them anew
-        shutil.copytree(target / "loras", fresh / "loras")
+    for made_for_it in ("loras", "motion"):  # for the model that is replaced: train them anew
+        if (target / made_for_it).is_dir():
+            shutil.copytree(target / made_for_it, fresh / made_for_it)
     settle_files(fresh)
     size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > LIMIT_BYTES:

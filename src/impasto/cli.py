@@ -1,4 +1,4 @@
-"""The command line: ``impasto serve | worker | generate | status | keys … | db … | lora …``.
+"""The command line: ``impasto serve | worker | generate | animate | status | keys … | db … | lora … | comfyui …``.
 
 Knows every room, imports each one inside the command that needs it, and holds no logic of its own. Options that
 are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, then from the defaults in ``config``.
@@ -6,7 +6,6 @@ are not given come from ``IMPASTO_…`` variables, then from ``impasto.toml``, t
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from impasto.cli_animate import animate
+from impasto.cli_comfyui import comfyui_app
 from impasto.cli_db import db_app
 from impasto.cli_keys import keys_app
 from impasto.cli_lora import lora_app
+from impasto.cli_options import lora_named, loras_by_option
 from impasto.cli_status import status
 from impasto.config import GenerateSettings, Settings
-from impasto.errors import ConfigError, FieldError, ImpastoError, InvalidInput
+from impasto.errors import ConfigError, ImpastoError, InvalidInput
 from impasto.types import (
     REFINE_MODES,
     EmbeddingRef,
     GenerationRequest,
     ImageReady,
-    LoraRef,
     Progress,
     parse_size,
     scheduler_name,
@@ -50,7 +51,9 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(lora_app, name="lora")
 app.add_typer(db_app, name="db")
+app.add_typer(comfyui_app, name="comfyui")
 app.command()(status)
+app.command()(animate)
 
 
 def _setting(kind: type[Settings | GenerateSettings], name: str, *flags: str) -> Any:
@@ -78,6 +81,7 @@ Model = Annotated[str | None, _setting(Settings, "model")]
 Device = Annotated[str | None, _setting(Settings, "device")]
 Dtype = Annotated[str | None, _setting(Settings, "dtype")]
 Refiner = Annotated[str | None, _setting(Settings, "refiner")]
+MotionAdapter = Annotated[str | None, _setting(Settings, "motion_adapter")]
 Acceleration = Annotated[str | None, _setting(Settings, "accel")]
 
 
@@ -94,6 +98,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     refiner: Refiner = None,
+    motion_adapter: MotionAdapter = None,
     accel: Acceleration = None,
     public_url: Annotated[str | None, _setting(Settings, "public_url")] = None,
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
@@ -121,6 +126,7 @@ def worker(
     device: Device = None,
     dtype: Dtype = None,
     refiner: Refiner = None,
+    motion_adapter: MotionAdapter = None,
     accel: Acceleration = None,
     log_level: Annotated[str | None, _setting(Settings, "log_level")] = None,
     config: Config = None,
@@ -159,6 +165,7 @@ def generate(
     refine_steps: Annotated[int | None, _setting(GenerateSettings, "refine_steps")] = None,
     weighted: Annotated[bool | None, _setting(GenerateSettings, "weighted", "--weighted/--plain")] = None,
     embedding: Annotated[list[str] | None, _setting(GenerateSettings, "embedding")] = None,
+    metadata: Annotated[bool | None, _setting(Settings, "embed_metadata", "--metadata/--no-metadata")] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -185,9 +192,10 @@ def generate(
         impasto generate "a fox" --model sdxl-base --refiner sdxl-refiner --refine expert_ensemble_refiner
     """
     settings = _load(GenerateSettings, ctx)
-    with _loras_by_option(settings.lora):
-        loras = tuple(_lora(text, settings, config) for text in settings.lora)
-        _draw(replace(_request(prompt, settings), loras=loras), settings)
+    with loras_by_option(settings.lora):
+        loras = tuple(lora_named(text, settings.model, config) for text in settings.lora)
+        request = replace(_request(prompt, settings), loras=loras)
+        _draw(request, settings, Settings.load(config, {"embed_metadata": metadata, "model": settings.model}))
 
 
 def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
@@ -234,35 +242,6 @@ def _plain_errors() -> Iterator[None]:
         sys.exit(2 if isinstance(error, InvalidInput | ConfigError) else 1)
 
 
-@contextmanager
-def _loras_by_option(loras: list[str]) -> Iterator[None]:
-    """Name a LoRA in an error as the user wrote it, and not by the request's field."""
-    try:
-        yield
-    except FieldError as error:
-        match = re.match(r"loras(?:\.(\d+))?(?:\.|$)", error.field or "")
-        if match is None:
-            raise
-        option = f"--lora {loras[int(match[1])]}" if match[1] else "--lora"
-        raise type(error)(option, error.problem) from None
-
-
-def _lora(text: str, settings: GenerateSettings, config: Path | None) -> LoraRef:
-    """Read ``NAME`` or ``NAME:SCALE``, where the name is a file's or what a request to the service would give."""
-    name, colon, scale = text.rpartition(":")
-    try:
-        name, number = (name, float(scale)) if colon and not Path(text).exists() else (text, 1.0)
-    except ValueError:  # a colon of the name's own, as in an address
-        name, number = text, 1.0
-    path = Path(name).expanduser()
-    if not path.is_file():
-        from impasto.worker.loras import LoraLibrary
-
-        library = LoraLibrary.of(Settings.load(config, {"model": settings.model}))
-        path = library.find(name, "--lora", None).file
-    return LoraRef(str(path), number)
-
-
 def _embedding(text: str) -> EmbeddingRef:
     """Read ``TOKEN=PATH``."""
     token, equals, path = text.partition("=")
@@ -303,18 +282,19 @@ def _mask(path: Path | None) -> Image | None:
     return None if mask is None else mask_of(mask)
 
 
-def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
+def _draw(request: GenerationRequest, settings: GenerateSettings, service: Settings) -> None:
     """Run the engine with a progress bar and save each picture as it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from impasto.images import encode_image, format_of
+    from impasto.images import format_of
 
     output, file_format = settings.output, format_of(settings.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):
+        from impasto.cli_metadata import Teller
         from impasto.engine.accel import Accel
         from impasto.engine.engine import Engine
 
@@ -326,6 +306,7 @@ def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
             refiner=settings.refiner,
             accel=Accel.parse(settings.accel),
         )
+    teller = Teller(request, settings.lora, service)
     columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Bar(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("denoising", total=request.num_inference_steps, pace="")
@@ -334,7 +315,7 @@ def _draw(request: GenerationRequest, settings: GenerateSettings) -> None:
                 bar.update(task, total=event.total, completed=event.step, pace=f"{event.seconds:.2f} s/step")
             elif isinstance(event, ImageReady):
                 path = _numbered(output, event.index, request.num_images)
-                path.write_bytes(encode_image(event.image, file_format))
+                path.write_bytes(teller.encoded(event.image, event.seed, file_format))
                 bar.console.print(f"{path}  seed {event.seed}")
 
 

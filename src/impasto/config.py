@@ -52,7 +52,7 @@ class _Layered(BaseSettings):
     )
     max_batch: int = Field(4, ge=1, le=64, description="Images that share one network call.")
     refiner: str | None = Field(None, description="A refiner model, named like 'model'. Unset: requests cannot refine.")
-    accel: str = Field("", description="Faster ways to run, such as compile,channels_last,offload=encoders.")
+    accel: str = Field("", description="Faster ways to run, such as auto, or compile,offload=encoders.")
 
     @classmethod
     def settings_customise_sources(
@@ -145,6 +145,7 @@ class Settings(_Layered):
         0, ge=0, description="Seconds a worker that is told to stop may use to finish its jobs; others get the rest."
     )
     max_attempts: int = Field(3, ge=1, description="Times a job is started before it is given up.")
+    motion_adapter: str = Field("auto", description="For videos: builtin, a folder, a hub id; none; auto: the model's.")
     fake_step_seconds: float = Field(0.02, ge=0, description="How long a step of the model 'fake' takes, in seconds.")
     previews: bool = Field(True, description="Show roughly what pictures of running jobs are becoming.")
     metrics: Literal["open", "key", "off"] = Field(

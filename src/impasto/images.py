@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from impasto.errors import InvalidInput
 from impasto.metadata import as_exif, into_png
-from impasto.types import LIMITS, OutputFormat
+from impasto.types import LIMITS, Bounds, OutputFormat
 
 try:
     import fpng
@@ -181,12 +181,12 @@ def mask_of(image: Image.Image) -> Image.Image:
     return ImageChops.multiply(rgba.convert("L"), alpha)
 
 
-def natural_size(image: Image.Image) -> tuple[int, int]:
-    """Return the width and height, in pixels, to draw at for a start picture: its own as nearly as the limits allow.
+def natural_size(image: Image.Image, bounds: Bounds = LIMITS.side) -> tuple[int, int]:
+    """Return the width and height, in pixels, to draw at for a start picture: its own as nearly as ``bounds`` allow.
 
     Too large a picture is scaled down and too small a one up, in proportion; each side is then rounded to the grid.
     """
-    low, high, grid = int(LIMITS.side.low), int(LIMITS.side.high), LIMITS.side_multiple
+    low, high, grid = int(bounds.low), int(bounds.high), LIMITS.side_multiple
     scale = min(max(1.0, low / min(image.size)), high / max(image.size))
     width, height = (min(max(round(side * scale / grid) * grid, low), high) for side in image.size)
     return width, height

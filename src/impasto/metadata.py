@@ -90,6 +90,7 @@ def _settings(
         **({"Model hash": model.sha256[:10]} if model.sha256 else {}),
         "Model": model.name,
         **({"Denoising strength": f"{request.strength:g}"} if request.image is not None else {}),
+        **({"Frames": request.animation.frames, "FPS": request.animation.fps} if request.animation else {}),
         **({"Hashes": json.dumps(hashes)} if hashes else {}),
     }
 

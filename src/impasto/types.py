@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 OUTPUT_FORMATS: Final[tuple[OutputFormat, ...]] = ("png", "jpeg", "webp")
+VideoFormat = Literal["webm", "webp"]  # VP9 in WebM, and animated WebP
+VIDEO_FORMATS: Final[tuple[VideoFormat, ...]] = ("webm", "webp")
 
 SCHEDULERS: Final = (  # samplers by their own names, the default first; what they do is in engine/samplers
     "euler", "euler_karras", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde",
@@ -66,6 +68,7 @@ class Limits:
 
     side: Bounds = Bounds(512, 1536, 1024)  # pixels, as the compatible routes take it
     engine_side: Bounds = Bounds(64, 4096, 1024)  # pixels, as the engine takes it
+    video_side: Bounds = Bounds(256, 1024, 512)  # pixels: all frames are drawn at once
     side_multiple: int = 8  # pixels per latent cell
     num_inference_steps: Bounds = Bounds(1, 50, 30)
     guidance_scale: Bounds = Bounds(0, 10, 5)  # as most compatible routes take it
@@ -80,6 +83,8 @@ class Limits:
     guidance_start: Bounds = Bounds(0, 1, 0)
     guidance_end: Bounds = Bounds(0, 1, 1)
     reuse_features: Bounds = Bounds(1, 10, 1)
+    frames: Bounds = Bounds(8, 32, 16)
+    fps: Bounds = Bounds(1, 30, 8)  # frames a second
     max_embeddings: int = 20
     lora_scale: Bounds = Bounds(0, 4, 1)
     max_loras: int = 5
@@ -116,6 +121,25 @@ class EmbeddingRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Animation:
+    """How long a video is that a picture is made to move for.
+
+    Raises:
+        InvalidInput: A value is out of range; ``field`` says which.
+    """
+
+    frames: int = int(LIMITS.frames.default)
+    fps: int = int(LIMITS.fps.default)  # frames a second
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "fps"):
+            if type(getattr(self, name)) is not int:
+                raise InvalidInput(name, f"must be a whole number, got {str(getattr(self, name))[:40]}")
+            bounds: Bounds = getattr(LIMITS, name)
+            bounds.check(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request for one or more pictures; the values are checked on construction.
 
@@ -137,6 +161,7 @@ class GenerationRequest:
         prompt_syntax: ``weighted`` reads ``(word:1.2)`` and ``BREAK``; ``plain`` takes them for text.
         embeddings: Textual-inversion files whose words the prompts may use.
         reuse_features: Steps that share the UNet's deep features; 1 is exact, more is faster and approximate.
+        animation: Make one video that begins with ``image``, not pictures (experimental).
 
     Raises:
         InvalidInput: A value is out of range; ``field`` says which.
@@ -166,6 +191,7 @@ class GenerationRequest:
     prompt_syntax: PromptSyntax = PROMPT_SYNTAXES[0]
     embeddings: tuple[EmbeddingRef, ...] = ()
     reuse_features: int = int(LIMITS.reuse_features.default)
+    animation: Animation | None = None
 
     def __post_init__(self) -> None:
         self._check_prompts()
@@ -185,6 +211,7 @@ class GenerationRequest:
             LIMITS.num_inference_steps.check("refine_steps", self.refine_steps)
         if self.mask_image is not None and self.image is None:
             raise InvalidInput("mask_image", "needs an image to paint into; give image as well")
+        self._check_animation()
         for name, most in (("loras", LIMITS.max_loras), ("embeddings", LIMITS.max_embeddings)):
             if len(getattr(self, name)) > most:
                 raise InvalidInput(name, f"takes at most {most} items, got {len(getattr(self, name))}")
@@ -196,9 +223,16 @@ class GenerationRequest:
         if self.negative_prompt is not None:
             check_prompt("negative_prompt", self.negative_prompt)
 
+    def _check_animation(self) -> None:
+        """Refuse what a video cannot have."""
+        for name in ("mask_image", "num_images", "refine", "reuse_features") if self.animation else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InvalidInput(name, "is not for videos; leave it out")
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, without the pictures, which travel as files; ``from_json`` is the inverse."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PICTURES}
+        values["animation"] = self.animation and asdict(self.animation)
         return values | {name: [asdict(item) for item in values[name]] for name in ("loras", "embeddings")}
 
     @classmethod
@@ -207,10 +241,12 @@ class GenerationRequest:
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         known["loras"] = tuple(LoraRef(**lora) for lora in data.get("loras", ()))
         known["embeddings"] = tuple(EmbeddingRef(**embedding) for embedding in data.get("embeddings", ()))
+        known["animation"] = Animation(**data["animation"]) if data.get("animation") else None
         return cls(**known)
 
 
 _PICTURES: Final = ("image", "mask_image")
+_DEFAULTS: Final[Mapping[str, Any]] = {f.name: f.default for f in fields(GenerationRequest)}
 _CHOICES: Final = {"scheduler": SCHEDULERS, "refine": REFINE_MODES, "prompt_syntax": PROMPT_SYNTAXES}
 _WHOLE: Final = ("width", "height", "num_inference_steps", "num_images", "seed", "reuse_features")
 _BOUNDED: Final = (
@@ -301,8 +337,19 @@ class ImageReady:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoReady:
+    """The video of a request is finished."""
+
+    request_id: str
+    seed: int  # with it the same video is made again
+    fps: int  # frames a second
+    frames: tuple[Image, ...] = field(repr=False)
+    index: int = 0  # as a picture's: a request makes one video
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """Every picture of the request was delivered."""
+    """Every picture of the request, or its video, was delivered."""
 
     request_id: str
     seconds: float  # wall time from the first denoising step to the last picture
@@ -318,4 +365,4 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Preview | ImageReady | Finished | Failed
+Event = Progress | Preview | ImageReady | VideoReady | Finished | Failed

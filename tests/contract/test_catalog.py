@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,13 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from impasto.api.models import MODELS
+from impasto.images import encode_png
 
 from .conftest import Stack, refusal, submit
 
 Serve = Callable[..., AbstractContextManager[Stack]]
 VERSIONS = pytest.mark.parametrize("version", ["v2", "v3"])
+DOT = base64.b64encode(encode_png(Image.new("RGB", (8, 8)))).decode()
 
 
 def data(answer: httpx.Response) -> Any:
@@ -34,12 +38,13 @@ def test_the_list_of_models_is_as_tools_read_it(stack: Stack, http: httpx.Client
     assert [model["model_id"] for model in models] == [model.id for model in MODELS]
     for position, model in enumerate(models, 1):
         assert model["name"] == model["model_id"]
-        assert model["type"] == "text-to-image"
+        video = model["model_id"].endswith("/image-to-video")
+        assert model["type"] == ("image-to-video" if video else "text-to-image")
         assert (model["base_price"], model["sort_order"]) == (0, position)
-        assert model["formula"] == '{"total_price": base_price * num_images}'
+        assert model["formula"] == '{"total_price": base_price%s}' % ("" if video else " * num_images")
         (run,) = model["api_schema"]["api_schemas"]
         assert (run["type"], run["method"], run["server"]) == ("model_run", "POST", stack.url)
-        assert http.post(run["server"] + run["api_path"], json={"prompt": "a cat"}).is_success
+        assert http.post(run["server"] + run["api_path"], json={"prompt": "a cat", "image": DOT}).is_success
 
 
 def test_the_form_of_sdxl_lora_is_the_documented_one(http: httpx.Client) -> None:

@@ -130,11 +130,11 @@ def spread_of(schema: dict[str, Any]) -> str:
     return f"at most {schema['maxItems']}" if schema.get("maxItems") else ""
 
 
-def row(field: Any, prefix: str = "") -> str:
+def row(field: Any, prefix: str = "", required: tuple[str, ...] = ("prompt",)) -> str:
     """One line of the request table, made from the field itself."""
     schema = field.schema()
     spread = spread_of(schema)
-    default = "required" if field.name == "prompt" else json.dumps(schema.get("default", "none")).strip('"')
+    default = "required" if field.name in required else json.dumps(schema.get("default", "none")).strip('"')
     return f"| `{prefix}{field.name}` | {schema['type']} | {default or 'empty'} | {spread} | {field.description} |"
 
 
@@ -157,6 +157,8 @@ def test_the_docs_say_where_the_models_differ() -> None:
     first = {field.name: row(field) for field in MODELS[0].fields}
     rows = []
     for model in MODELS[1:]:
+        if model.type == "image-to-video":  # it has a table of its own
+            continue
         has = {field.name: field.schema() for field in model.fields}
         for name, line in first.items():
             if name not in has:
@@ -166,6 +168,12 @@ def test_the_docs_say_where_the_models_differ() -> None:
                 default, spread = json.dumps(schema.get("default", "none")).strip('"'), spread_of(schema)
                 rows.append(f"| `{model.id}` | `{name}` | {default} | {spread} |")
     assert table("### Where the models differ") == rows
+
+
+def test_the_docs_have_the_form_of_videos() -> None:
+    """A table of its own, line for line."""
+    [model] = [model for model in MODELS if model.type == "image-to-video"]
+    assert table("## Image to video") == [row(field, "", model.required) for field in model.fields]
 
 
 def test_the_docs_table_has_the_scale_of_a_lora() -> None:

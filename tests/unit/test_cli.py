@@ -1,5 +1,6 @@
 """The command line: help that teaches, keys on standard output, errors in one line, pictures in files."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -41,6 +42,9 @@ def impasto(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
         ("keys",),
         ("keys", "create"),
         ("keys", "limit"),
+        ("animate",),
+        ("comfyui",),
+        ("comfyui", "install"),
         ("db",),
         ("db", "backup"),
         ("status",),
@@ -173,7 +177,16 @@ def test_generate_saves_numbered_pictures_of_the_asked_size(tmp_path):
     for i in range(2):
         with Image.open(tmp_path / "new" / f"fox-{i}.jpg") as picture:
             assert (picture.format, picture.size) == ("JPEG", (520, 512))
+            assert f"Seed: {5 + i}, Size: 520x512, Model hash: " in told_by(picture)
         assert f"fox-{i}.jpg  seed {5 + i}" in run.stderr
+
+
+def told_by(picture: Image.Image) -> str | None:
+    """The parameters in a picture's file."""
+    if picture.format == "PNG":
+        return picture.info.get("parameters")
+    comment = picture.getexif().get_ifd(0x8769).get(0x9286)
+    return comment and comment[8:].decode("utf-16-be")
 
 
 class Stub:
@@ -234,6 +247,41 @@ def test_the_size_is_the_start_picture_s_unless_it_is_given(stub, tmp_path, opti
     Image.new("RGB", (699, 522)).save(tmp_path / "fox.png")
     run_generate(*options)
     assert (stub.request.width, stub.request.height) == size
+
+
+@pytest.mark.parametrize("name", ["fox.png", "fox.jpg", "fox.webp"])
+def test_pictures_tell_how_they_were_made(stub, tmp_path, name):
+    """As the service's do: prompts, settings, the LoRA by the user's word for it, hashes; nothing of this machine."""
+    lora = tmp_path / "private" / "ink.v2.safetensors"
+    lora.parent.mkdir()
+    lora.write_bytes(b"never read by this engine")
+    run_generate("-o", name, "--seed", 7, "--negative", "blurry", "--lora", f"{lora}:0.8", "--steps", 9)
+    with Image.open(name) as picture:
+        text = told_by(picture)
+    assert text is not None
+    first, negative, last = text.split("\n")
+    assert (first, negative) == ("a fox <lora:ink.v2:0.8>", "Negative prompt: blurry")
+    assert last.startswith("Steps: 9, Sampler: Euler, CFG scale: 5, Seed: 7, Size: ")
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert f'\\"lora:ink.v2\\": \\"{digest[:10]}\\"' in last
+    assert ", Model: builtin, " in last
+    assert "private" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["private", name]), "no folder is made for hashes"
+
+
+def test_pictures_say_nothing_where_that_is_not_wanted(stub, monkeypatch):
+    """By option, by variable, and an option goes before a variable."""
+
+    def told(*options) -> bool:
+        run_generate("-o", "a.png", "--seed", 7, *options)
+        with Image.open("a.png") as picture:
+            return told_by(picture) is not None
+
+    assert told()
+    assert not told("--no-metadata")
+    monkeypatch.setenv("IMPASTO_EMBED_METADATA", "false")
+    assert not told()
+    assert told("--metadata")
 
 
 def test_without_the_options_nothing_changes(stub):

@@ -80,6 +80,7 @@ EXAMPLES = {  # one non-default value for every setting: as text, and as read
     "c2pa_certificate": ("chain.pem", Path("chain.pem")),
     "c2pa_key": ("key.pem", Path("key.pem")),
     "reproduction_record": ("false", False),
+    "motion_adapter": ("none", "none"),
     "safety_checker": ("builtin, hf:/models/nsfw#medium+high", "builtin, hf:/models/nsfw#medium+high"),
     "safety_threshold": ("builtin=0.6, hf=0.5", {"builtin": 0.6, "hf": 0.5}),
     "safety_action": ("error", "error"),

@@ -22,6 +22,7 @@ from impasto.api.view import Links, enveloped
 from impasto.errors import InvalidInput, NotFound
 
 FORMULA: Final = '{"total_price": base_price * num_images}'  # JSONata over the inputs, as tools evaluate it
+VIDEO_FORMULA: Final = '{"total_price": base_price}'
 CURRENCY: Final = "USD"
 _MODEL_ID: Final = Text("model_id", "One of the models.", min_chars=1, max_chars=200)
 
@@ -48,7 +49,7 @@ class ListedModel(Wire):
     model_id: str
     name: str
     description: str
-    type: str = Field(description="text-to-image or image-to-image; a text-to-image model may take a start picture.")
+    type: str = Field(description="text-to-image, which may take a start picture, image-to-image or image-to-video.")
     base_price: float
     formula: str
     sort_order: int
@@ -88,7 +89,7 @@ def _listed(model: ServedModel, position: int, links: Links) -> ListedModel:
         description=model.description,
         type=model.type,
         base_price=model.base_price,
-        formula=FORMULA,
+        formula=VIDEO_FORMULA if model.type == "image-to-video" else FORMULA,
         sort_order=position,
         api_schema=ApiSchemas(api_schemas=[run]),
     )

@@ -25,6 +25,7 @@ from impasto.audit import hashed
 from impasto.errors import BadRequest, Unavailable
 from impasto.jobs.records import Job, NewJob
 from impasto.logs import note
+from impasto.models.catalog import motion_adapter
 
 MAX_KEY_CHARS: Final = 255
 
@@ -53,7 +54,9 @@ class Draft:
             InvalidInput: As ``Submission.read``.
             BadRequest: A webhook was asked for, and base64, which it does not carry.
         """
-        submission = Submission.read(model, fields, refiner=service.settings.refiner is not None)
+        settings = service.settings
+        videos = motion_adapter(settings.motion_adapter, settings.model) is not None
+        submission = Submission.read(model, fields, refiner=settings.refiner is not None, videos=videos)
         if webhook and submission.values["enable_base64_output"]:
             raise BadRequest(NO_BASE64)
         same = fingerprint(model.id, fields, webhook.url if webhook else None)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from impasto.api.fields import Choice, Field, Flag, Integer, Loras, Number, Picture, Schema, Size, Text
-from impasto.types import LIMITS, OUTPUT_FORMATS, REFINE_MODES, SCHEDULER_ALIASES, SCHEDULERS, Bounds
+from impasto.types import (
+    LIMITS,
+    OUTPUT_FORMATS,
+    REFINE_MODES,
+    SCHEDULER_ALIASES,
+    SCHEDULERS,
+    VIDEO_FORMATS,
+    Bounds,
+)
 
 VERSIONS: Final = ("v2", "v3")  # of the hosted API; they differ in their paths alone
 # Other spellings of a field; the field's own name wins.
@@ -31,6 +39,8 @@ WAVESPEED: Final = Ranges(LIMITS.side, LIMITS.guidance_scale, LIMITS.num_inferen
 # The other vendor's table is in no source whole: its example has 28 steps and guidance 3.5; its siblings' tables have
 # sides from 256 and guidance from 1 to 20.
 STABILITY: Final = Ranges(Bounds(256, 1536, 1024), Bounds(1, 20, 3.5), Bounds(1, 50, 28))
+# A video is as much work as its frames, all at once: smaller sides and fewer steps than a picture's.
+VIDEO: Final = Ranges(LIMITS.video_side, LIMITS.guidance_scale, Bounds(1, 50, 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,7 @@ class ServedModel:
     description: str
     fields: tuple[Field, ...]
     required: tuple[str, ...] = ("prompt",)
-    type: Literal["text-to-image", "image-to-image"] = "text-to-image"
+    type: Literal["text-to-image", "image-to-image", "image-to-video"] = "text-to-image"
     base_price: int = 0  # USD; a server of one's own bills nothing
 
     def schema(self) -> Schema:
@@ -98,6 +108,24 @@ def _work(ranges: Ranges) -> Iterable[Field]:
             "seed", "Start of the random numbers; -1 draws one, which is reported back.", LIMITS.seed, slider=False
         ),
     )
+
+
+def _video() -> tuple[Field, ...]:
+    """Return the form of image to video: the words are those of pictures; frames stand in place of their number."""
+    picture = Picture("image", "The picture that the video begins with: a URL, data URI or base64.")
+    strength = Number("strength", "How far the frames may go from the start picture.", LIMITS.strength)
+    own = (
+        Integer("frames", "Frames of the video; the motion adapter may take fewer.", LIMITS.frames),
+        Integer("fps", "Frames a second.", LIMITS.fps),
+    )
+    work = tuple(field for field in _work(VIDEO) if field.name != "num_images")
+    shared = {field.name: field for field in _extras(VIDEO)}
+    formats = Choice("output_format", "WebM (VP9), or animated WebP.", VIDEO_FORMATS[0], VIDEO_FORMATS)
+    negative, *rest = (
+        shared[name] for name in ("negative_prompt", "lora_scale", "enable_metadata", "disable_safety_checker")
+    )
+    prompt = Text("prompt", "What the video shows.", min_chars=1)
+    return (prompt, picture, strength, *_loras(), *own, *work, *_flags(), negative, formats, *rest)
 
 
 def _flags() -> Iterable[Field]:
@@ -163,5 +191,12 @@ MODELS: Final[tuple[ServedModel, ...]] = (
     ServedModel("wavespeed-ai/sdxl", "SDXL, without LoRAs.", _form(WAVESPEED, loras=False)),
     ServedModel("stability-ai/sdxl-lora", "SDXL with up to five LoRAs, other defaults.", _form(STABILITY, loras=True)),
     ServedModel("stability-ai/sdxl", "SDXL, without LoRAs, other defaults.", _form(STABILITY, loras=False)),
+    ServedModel(
+        "wavespeed-ai/sdxl-lora/image-to-video",
+        "A picture that moves: SDXL with LoRAs and a motion adapter. Experimental.",
+        _video(),
+        required=("prompt", "image"),
+        type="image-to-video",
+    ),
 )
 _BY_ID: Final = {model.id: model for model in MODELS}

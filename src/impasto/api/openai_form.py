@@ -31,7 +31,7 @@ _REFUSED: Final = {
     "svg": "is not available: pictures are png, jpeg or webp",
     "frame_count": "is not available: there is no animation",
 }
-_BY_ID: Final = {model.id: model for model in MODELS}
+_BY_ID: Final = {model.id: model for model in MODELS if model.type != "image-to-video"}
 # A number behind the last @ is a scale if no version of a site or branch of a repository would look like it.
 _SCALED: Final = re.compile(r"(?P<path>.+)@(?P<scale>\d|\d*\.\d+)", re.DOTALL)
 _BRACKETS: Final = re.compile(r"loras\[\d*\]\[(path|scale)\]")

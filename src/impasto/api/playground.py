@@ -34,6 +34,7 @@ _POLICY: Final = "; ".join(
         "script-src 'self'",
         "style-src 'self'",
         "img-src 'self' data: blob:",
+        "media-src 'self'",
         "connect-src 'self'",
         "form-action 'none'",
         "base-uri 'none'",

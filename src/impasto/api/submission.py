@@ -15,13 +15,14 @@ from impasto.api.models import ALIASES, ServedModel
 from impasto.api.pictures import PictureAt, stand_in
 from impasto.errors import InvalidInput
 from impasto.jobs.records import NewJob
-from impasto.types import LIMITS, REFINE_MODES, GenerationRequest
+from impasto.types import LIMITS, REFINE_MODES, Animation, GenerationRequest
 
 DEFAULT_PICTURE: Final = LIMITS.num_inference_steps.default * LIMITS.side.default**2  # steps x pixels
 DRAWN_SEEDS: Final = 2**32  # a drawn seed is below this, so that every other tool can take it too
 SECOND_PASS: Final = 0.3  # about this share of a second pass's schedule is run
 PICTURES: Final = ("image", "mask_image")  # they travel as files, not in the row
 LORAS: Final = "loras"  # not every model has them
+VIDEO_FIELD: Final = "frames"  # a model whose form has it makes videos
 
 # Fields that mean the same, under the same name, on the wire and to the engine.
 PLAIN_FIELDS: Final = (
@@ -48,8 +49,10 @@ class Submission:
     as_sent: Mapping[str, Any]  # the known fields as the client wrote them, without keys of its own
 
     @classmethod
-    def read(cls, model: ServedModel, body: Mapping[str, Any], *, refiner: bool = False) -> Submission:
-        """Check ``body`` against the model's form; ``refiner`` says whether this server has one.
+    def read(
+        cls, model: ServedModel, body: Mapping[str, Any], *, refiner: bool = False, videos: bool = True
+    ) -> Submission:
+        """Check ``body`` against the model's form; ``refiner`` and ``videos`` say what this server can do.
 
         ``null`` is "not given" and unknown keys are ignored: real clients send both. ``enable_base64_output``
         is false unless asked for, on every route: the hosted form's documents disagree with each other about
@@ -73,8 +76,12 @@ class Submission:
                     if value is not None:  # an empty picture is none, and leaves the other spelling's
                         values[field.name] = value
         for name in model.required:
-            if name not in given:
+            if name not in given or values[name] is None:
                 raise InvalidInput(name, f'property "{name}" is missing')
+        if VIDEO_FIELD in values and not videos:
+            raise InvalidInput(
+                "model", f"{model.id} needs a motion adapter, and this server has none: start it with motion_adapter"
+            )
         _check_together(values, refiner)
         if values["seed"] < 0:
             values["seed"] = secrets.randbelow(DRAWN_SEEDS)
@@ -83,7 +90,7 @@ class Submission:
     @property
     def pictures(self) -> dict[str, bytes | PictureAt]:
         """The start picture and its mask, as far as they were given: as PNG, or the address to fetch."""
-        return {name: self.values[name] for name in PICTURES if self.values[name] is not None}
+        return {name: self.values[name] for name in PICTURES if self.values.get(name) is not None}
 
     @property
     def sync(self) -> bool:
@@ -92,14 +99,16 @@ class Submission:
 
     def to_request(self) -> GenerationRequest:
         """Return what the engine is asked for."""
-        request = GenerationRequest(**{name: self.values[name] for name in PLAIN_FIELDS})
+        request = GenerationRequest(**{name: self.values[name] for name in PLAIN_FIELDS if name in self.values})
         width, height = self.values["size"]
-        return replace(request, width=width, height=height, loras=tuple(self.values.get(LORAS, ())))
+        animation = Animation(self.values[VIDEO_FIELD], self.values["fps"]) if VIDEO_FIELD in self.values else None
+        loras = tuple(self.values.get(LORAS, ()))
+        return replace(request, width=width, height=height, loras=loras, animation=animation)
 
     def to_job(self, key_id: str, pictures: Mapping[str, str] | None = None) -> NewJob:
         """Return the row for the store.
 
-        Its ``cost`` counts steps x pixels x images, in default pictures.
+        Its ``cost`` counts steps x pixels x images (or frames), in default pictures.
 
         Args:
             key_id: Whose job it is.
@@ -107,7 +116,8 @@ class Submission:
         """
         request = self.to_request()
         values = self.values
-        work = self._steps(request) * request.width * request.height * request.num_images
+        images = request.animation.frames if request.animation else request.num_images
+        work = self._steps(request) * request.width * request.height * images
         return NewJob(
             model=self.model.id,
             input={
@@ -139,9 +149,9 @@ class Submission:
 
 def _check_together(values: Mapping[str, Any], refiner: bool) -> None:
     """Refuse values that are right alone and ask for something that is not there."""
-    if values["mask_image"] is not None and values["image"] is None:
+    if values.get("mask_image") is not None and values["image"] is None:
         raise InvalidInput("mask_image", "needs an image to paint into; give image as well")
-    if values["refine"] != REFINE_MODES[0] and not refiner:
+    if values.get("refine", REFINE_MODES[0]) != REFINE_MODES[0] and not refiner:
         remedy = f"send {REFINE_MODES[0]}, or have the server started with --refiner MODEL"
         raise InvalidInput("refine", f"asks for {values['refine']}, and this server has no refiner: {remedy}")
 

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from PIL import Image
 
-from impasto.engine.accel import Accel, Tiling, accelerate
+from impasto.engine.accel import Accel, Tiling, accelerate_model
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
 from impasto.engine.legs import Stage
@@ -129,8 +129,7 @@ class Engine:
             offload=accel.offload,
             tiles=partial(_tiles, accel.vae_tiling, MemoryGauge(devices.vae)),
         )
-        for denoiser in filter(None, (loaded.base, loaded.refiner)):
-            accelerate(denoiser.unet, accel, devices.unet)
+        accelerate_model(loaded, accel)
         return cls(loaded, max_batch, lora_memory_bytes=lora_memory_bytes, lora_switch_bytes=lora_switch_bytes)
 
     @property

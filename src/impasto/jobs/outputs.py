@@ -27,9 +27,10 @@ from impasto.errors import NotFound, Unavailable
 if TYPE_CHECKING:
     from obstore import Attributes
 
-EXTENSIONS: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+_PICTURES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+EXTENSIONS: Final = _PICTURES | {"video/webm": "webm"}  # of what jobs make
 LORA_TYPE: Final = "application/octet-stream"  # of .safetensors files: no type is registered for them
-UPLOAD_EXTENSIONS: Final = EXTENSIONS | {
+UPLOAD_EXTENSIONS: Final = _PICTURES | {
     "image/gif": "gif",
     "image/bmp": "bmp",
     LORA_TYPE: "safetensors",
@@ -39,7 +40,7 @@ RETRY_SECONDS: Final = 10  # for all of them
 PROBE_BYTES: Final = 2**20
 CHUNK_BYTES: Final = 2**20  # of a large file, in memory at once
 _CONTENT_TYPES: Final = {extension: content_type for content_type, extension in EXTENSIONS.items()}
-_BLOB: Final = re.compile(r"[0-9a-f]{32}/[0-9]{1,9}-[0-9a-f]{32}/[0-9]{1,3}\.(png|jpg|webp)")
+_BLOB: Final = re.compile(r"[0-9a-f]{32}/[0-9]{1,9}-[0-9a-f]{32}/[0-9]{1,3}\.(png|jpg|webp|webm)")
 _INPUT: Final = re.compile(r"inputs/[0-9a-f]{32}\.png")  # beside the jobs' folders, whose names are 32 digits
 _UPLOAD: Final = re.compile(r"uploads/[0-9a-f]{32}\.(png|jpg|webp|gif|bmp|safetensors)")
 _SHELF: Final = re.compile(r"inputs/|uploads/|[0-9a-f]{32}/")

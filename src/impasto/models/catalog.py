@@ -17,6 +17,7 @@ from impasto.models.header import read_header
 from impasto.models.kinds import UNET_CHANNELS, Kind, checkpoint_kind
 
 BUILTIN = "builtin"
+TEST_PATTERN = "fake"  # a model's name that stands for none: pictures and videos of it are patterns
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BUILTIN_NATIVE_SIDE = 512  # pixels; the size it draws best
 SDXL_NATIVE_SIDE = 1024
@@ -78,6 +79,18 @@ def find_model(name: str, fetch: Fetch | None = None) -> ModelSource:
     if path.is_file():
         return ModelSource(name, path, {}, SDXL_NATIVE_SIDE, checkpoint_kind(read_header(path, name), name))
     return _folder(name, path, SDXL_NATIVE_SIDE)
+
+
+def motion_adapter(setting: str, model: str) -> str | None:
+    """Return the motion adapter for videos from a model, or ``None`` if there is none.
+
+    Args:
+        setting: ``builtin``, a folder, a hub id; ``none``; or ``auto``: the built-in model's own, and no other's.
+        model: The model's name.
+    """
+    if setting == "auto":
+        return BUILTIN if model in (BUILTIN, TEST_PATTERN) else None
+    return None if setting == "none" else setting
 
 
 def check_roles(model: ModelSource, refiner: ModelSource | None) -> None:

@@ -87,6 +87,16 @@ def fetch_model(
         return _fetch_folder(repo_id, folder, full, access)
 
 
+def fetch_adapter(repo_id: str, revision: str | None, files: Iterable[str]) -> Path:
+    """Bring the files of these names of a small repository to disk, unless they are there, and return its folder.
+
+    Raises:
+        ModelError: As ``fetch_model``.
+    """
+    with _errors_told(repo_id, revision, None):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), tqdm_class=TerminalBar))
+
+
 def cached_model(repo_id: str, revision: str | None = None, file: str | None = None) -> Path:
     """Return where a model is that ``fetch_model`` has brought, without asking anybody.
 

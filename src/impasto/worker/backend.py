@@ -13,7 +13,17 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from impasto.types import Event, Finished, GenerationRequest, ImageReady, Preview, Progress, seed_of_image
+from impasto.types import (
+    Animation,
+    Event,
+    Finished,
+    GenerationRequest,
+    ImageReady,
+    Preview,
+    Progress,
+    VideoReady,
+    seed_of_image,
+)
 
 FAKE_STEP_SECONDS = 0.02
 FAKE_SIGMA = 14.6  # noise level that the steps come down from
@@ -116,6 +126,8 @@ class FakeBackend:
             ImageReady(request_id, i, seed, draw_pattern(request, seed))
             for i, seed in enumerate(seed_of_image(request.seed, i) for i in range(request.num_images))
         ]
+        if request.animation is not None:
+            pictures = [draw_video(request_id, request, request.animation)]
         seconds = request.num_inference_steps * self._step_seconds
         return [*pictures, Finished(request_id, seconds, stages={"encode": 0.0, "denoise": seconds, "decode": 0.0})]
 
@@ -127,6 +139,15 @@ def draw_pattern(request: GenerationRequest, seed: int) -> Image.Image:
     """
     pattern = _gradient(request.prompt, seed, (request.width, request.height))
     return pattern if request.image is None else _drawn_over(request.image, pattern, request)
+
+
+def draw_video(request_id: str, request: GenerationRequest, animation: Animation) -> VideoReady:
+    """Return a video that begins with the start picture and fades into the pattern, by ``strength`` at the end."""
+    pattern = _gradient(request.prompt, request.seed, (request.width, request.height))
+    start = ImageOps.fit((request.image or pattern).convert("RGB"), pattern.size)
+    shares = np.linspace(0, request.strength, animation.frames).tolist()
+    frames = tuple(Image.blend(start, pattern, share) for share in shares)
+    return VideoReady(request_id, request.seed, animation.fps, frames)
 
 
 def _gradient(prompt: str, seed: int, size: tuple[int, int]) -> Image.Image:

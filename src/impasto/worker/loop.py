@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from impasto.errors import ImpastoError, Unavailable
-from impasto.images import CONTENT_TYPES, encode_image
 from impasto.jobs.events import ChangeWatcher
 from impasto.jobs.outputs import OutputStore
-from impasto.jobs.records import Job, Lease, Output
+from impasto.jobs.records import Job, Lease
 from impasto.jobs.store import JobStore
 from impasto.jobs.workers import WorkerReports
 from impasto.safety.gate import SafetyGate
@@ -30,9 +29,9 @@ from impasto.types import (
     Finished,
     GenerationRequest,
     ImageReady,
-    OutputFormat,
     Preview,
     Progress,
+    VideoReady,
 )
 from impasto.worker.backend import Backend
 from impasto.worker.heartbeat import Heartbeat
@@ -43,16 +42,16 @@ from impasto.worker.provenance import Provenance
 from impasto.worker.publishing import Publisher
 from impasto.worker.running import Running
 from impasto.worker.stats import WorkerStats
-
-if TYPE_CHECKING:
-    pass
+from impasto.worker.storing import Stored, Storing
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # longest sleep without a look at the queue, should a wake-up be lost
 FETCHES = 16  # most jobs that wait for their files; they take no slot
-FETCH_WAIT_SECONDS = 0.1  # for files, while there is nothing else to do
+FETCH_WAIT_SECONDS = 0.1  # for files to come or be stored, while there is nothing else to do
 STORAGE = "storage"  # error class of a job whose files could not be had
+STORE_SHARE = 0.1  # of a step's time: where steps take minutes, a picture need not wait for the next to end
+STOP_SECONDS = 5.0  # for pictures that are being stored when the worker is told to go
 NOTE_SECONDS = 1.0  # between looks at what the backend says of itself
 
 
@@ -116,6 +115,7 @@ class WorkerLoop:
         self._hurry = threading.Event()  # there is no time left for anything but handing back
         self._publisher = Publisher(store, outputs, patience=lease_seconds, hurry=self._hurry)
         self._stats = WorkerStats(slots)
+        self._storing = Storing(self._publisher, self._safety, self._stats)
         self._noted = 0.0  # when the backend was last asked about itself
         self._heart = Heartbeat(
             store,
@@ -178,23 +178,19 @@ class WorkerLoop:
     def turn(self) -> bool:
         """Claim what fits, move one step, deal with what came of it; return whether there was anything to do."""
         self._drop_told()
+        self._settle(0.0 if self._backend.busy else FETCH_WAIT_SECONDS)
         self._claim()
         self._gather()
         self._heart.moved()
         self._note()
         if not self._backend.busy:
-            return bool(self._fetching)
-        events = self._backend.step()
-        self._count(events)
+            return bool(self._fetching) or self._storing.busy
+        began, events = time.monotonic(), self._backend.step()
+        self._stats.moved(events)
         for event in events:
             self._handle(event)
+        self._settle(STORE_SHARE * (time.monotonic() - began))
         return True
-
-    def _count(self, events: Sequence[Event]) -> None:
-        """Count a step once, though every request in it reports progress."""
-        progress = next((event for event in events if isinstance(event, Progress)), None)
-        if progress is not None:
-            self._stats.stepped(progress)
 
     def _note(self) -> None:
         """Ask the backend about itself, now and then, from the thread that it belongs to."""
@@ -220,11 +216,9 @@ class WorkerLoop:
         return not self._stopping.is_set() and self._publisher.files_are_there()
 
     def _submit(self, running: Running, request: GenerationRequest) -> None:
-        options = {"preview_every": preview_every(request.num_inference_steps)} if self._shows_previews(running) else {}
+        shows = self._previews and self._safety.shows_previews(running.wants_check)
+        options = {"preview_every": preview_every(request.num_inference_steps)} if shows else {}
         self._backend.submit(request, running.job.id, **options)
-
-    def _shows_previews(self, running: Running) -> bool:
-        return self._previews and self._safety.shows_previews(running.wants_check)
 
     def _admit(self, job: Job) -> None:
         running = Running(job, Lease(job.id, job.attempt), time.monotonic())
@@ -281,38 +275,49 @@ class WorkerLoop:
                     self._heart.tell()
                 case Preview() if self._safety.shows_previews(running.wants_check):
                     running.looked(event)
-                case ImageReady():
-                    self._store_picture(running, event)
-                case Finished(reports=reports):
+                case ImageReady() | VideoReady():
+                    self._storing.begin(running, event)
+                case Finished():
                     self._stats.finished(event)
-                    self._complete(running, reports)
+                    self._storing.finish(running, event)
                 case Failed(error=error):
                     self._fail(running, error)
-        except Unavailable as error:  # a full disk, say
-            self._backend.cancel(event.request_id)
-            self._put_back(running, error)
         except Exception as error:  # noqa: BLE001
-            self._backend.cancel(event.request_id)
-            self._fail(running, error)
+            self._end_badly(running, error)
 
-    def _store_picture(self, running: Running, event: ImageReady) -> None:
-        start = time.monotonic()
-        file_format: OutputFormat = running.job.input["output"]["format"]
-        content_type = CONTENT_TYPES[file_format]
-        image, nsfw = self._safety.passed(event.image, running.wants_check)
-        data = running.signed(encode_image(image, file_format, running.text(event.seed)), content_type)
-        blob = self._publisher.picture(running.lease, event.index, data, content_type)
-        width, height = image.size
-        running.outputs[event.index] = Output(
-            blob, content_type, width, height, nsfw=nsfw, seed=event.seed, made=running.made
-        )
-        self._stats.stored(time.monotonic() - start)
+    def _settle(self, patience: float) -> None:
+        """Deal with what is stored, or could not be, within ``patience``, and complete jobs that have everything."""
+        for stored in self._storing.stored(patience):
+            self._take(stored)
+        for running, reports in self._storing.complete():
+            if self._running.get(running.job.id) is running:
+                try:
+                    self._complete(running, reports)
+                except Exception as error:  # noqa: BLE001
+                    self._end_badly(running, error)
+
+    def _take(self, stored: Stored) -> None:
+        """Note one picture of a job that is still here; of others nobody will ever see it."""
+        running = stored.running
+        if self._running.get(running.job.id) is not running:
+            self._publisher.delete(running.job.id, [stored.output.blob] if stored.output else [])
+        elif stored.output is not None:
+            running.outputs[stored.index] = stored.output
+        elif stored.error is not None:
+            self._end_badly(running, stored.error)
+
+    def _end_badly(self, running: Running, error: Exception) -> None:
+        self._backend.cancel(running.job.id)
+        if isinstance(error, Unavailable):  # a full disk, say
+            self._put_back(running, error)
+        else:
+            self._fail(running, error)
 
     def _complete(self, running: Running, reports: Sequence[Any]) -> None:
         self._forget(running)
         outputs = [running.outputs[index] for index in sorted(running.outputs)]
         timings = {"inference": round((time.monotonic() - running.claimed) * 1000)}
-        named = [_named(report, running) for report in reports]
+        named = [running.named(report) for report in reports]
         loras = [report.to_json() for report in named]
         done = self._publisher.complete(running.lease, outputs, timings, loras)
         if done:
@@ -329,7 +334,7 @@ class WorkerLoop:
 
     def _fail(self, running: Running, error: Exception) -> None:
         if isinstance(error, ImpastoError):
-            message = str(error)
+            message = error.located
         else:
             log.error("job %s failed", running.job.id, exc_info=error)
             message = f"the engine failed on this request ({type(error).__name__}); the server's log has the details"
@@ -382,6 +387,8 @@ class WorkerLoop:
 
     def _hand_back(self) -> None:
         """Give unfinished jobs back to the queue, each on its own: one that cannot be is run after its lease."""
+        for stored in self._storing.stop(STOP_SECONDS):
+            self._take(stored)
         for running in list(self._running.values()):
             self._backend.cancel(running.job.id)
             self._release(running)
@@ -390,10 +397,3 @@ class WorkerLoop:
         self._forget(running)
         self._stats.ended("released" if self._publisher.release(running.lease) else "lost")
         self._publisher.delete(running.job.id, running.blobs)
-
-
-def _named(report: Any, running: Running) -> Any:
-    """Put the name that the user gave into a LoRA's report, which knows our file alone, and what the name led to."""
-    found = running.loras[report.position]
-    asked: str = running.job.input["request"]["loras"][report.position]["path"]
-    return report.named(asked, found.source, found.alias_of)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from typing import Any, Final
 
 from impasto.config import Settings
@@ -20,6 +21,7 @@ from impasto.jobs.outputs import OutputStore
 from impasto.jobs.store import JobStore
 from impasto.jobs.workers import WorkerReports
 from impasto.logs import set_up_logging
+from impasto.models.catalog import motion_adapter
 from impasto.safety.denylist import DenyList
 from impasto.safety.gate import SafetyGate
 from impasto.safety.table import make_checker
@@ -39,10 +41,12 @@ def make_backend(settings: Settings) -> Backend:
     """Build what the setting ``model`` names."""
     if settings.model == FAKE_MODEL:
         return FakeBackend(settings.fake_step_seconds)
+    from impasto.animate.animator import Animator
+    from impasto.animate.turns import TakingTurns
     from impasto.engine.accel import Accel
     from impasto.engine.engine import Engine
 
-    return Engine.load(
+    engine = Engine.load(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
@@ -52,6 +56,7 @@ def make_backend(settings: Settings) -> Backend:
         lora_memory_bytes=settings.lora_memory_bytes,
         lora_switch_bytes=settings.lora_switch_bytes,
     )
+    return TakingTurns(engine, partial(Animator, engine, motion_adapter(settings.motion_adapter, settings.model)))
 
 
 def make_safety(settings: Settings) -> SafetyGate:

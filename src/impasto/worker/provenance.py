@@ -145,7 +145,7 @@ def _told(loras: Sequence[Ingredient], found: Sequence[FoundLora], request: Gene
 def plain_name(text: str) -> str:
     """Return the last part of a path or address, without its ending, query or anything that is no plain letter."""
     last = re.split(r"[?#]", text)[0].rstrip("/").replace("\\", "/").rpartition("/")[2]
-    return _PLAIN.sub("_", last.removesuffix(".safetensors"))[:_SHOWN] or "unnamed"
+    return _PLAIN.sub("_", last.removesuffix(".safetensors").removesuffix(".tar"))[:_SHOWN] or "unnamed"
 
 
 def _versions() -> dict[str, str]:
@@ -221,6 +221,8 @@ class _KnownHashes:
         return digest
 
     def _keep(self) -> None:
+        if not self._file.parent.is_dir():  # a command that runs beside no service
+            return
         part = self._file.with_suffix(f".{os.getpid()}")
         try:
             part.write_text(json.dumps(self._known))

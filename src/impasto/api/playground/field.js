@@ -16,6 +16,7 @@ const LABELS = {
   high_noise_frac: "Hand-over",
   refine_steps: "Refiner steps",
   output_format: "File format",
+  fps: "Frames a second",
   enable_safety_checker: "Safety checker",
 };
 

@@ -3,6 +3,7 @@
 import { ApiError, call, pictureSource } from "./api.js";
 import { at, h, icon } from "./dom.js";
 import { ended } from "./events.js";
+import { outputElement } from "./moving.js";
 
 const PER_PAGE = 18;
 const SURE_MS = 3000;
@@ -47,7 +48,7 @@ export class Gallery {
     const [output] = prediction.outputs ?? [];
     const state = ended(prediction) ? (prediction.error?.startsWith("cancelled") ? "cancelled" : prediction.status) : prediction.status;
     const picture = output
-      ? h("img", { src: pictureSource(output), alt: "", loading: "lazy", decoding: "async" })
+      ? outputElement(pictureSource(output), { still: true, loading: "lazy", decoding: "async" })
       : h("span", { class: "no-picture" }, state);
     picture.addEventListener("error", () => picture.replaceWith(h("span", { class: "no-picture" }, "expired")));
     const more = (prediction.outputs?.length ?? 0) > 1 && h("span", { class: "more" }, `${prediction.outputs.length}`);

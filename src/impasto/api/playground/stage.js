@@ -3,6 +3,7 @@
 import { pictureSource } from "./api.js";
 import { at, confirmOn, copyText, h, icon, iconButton } from "./dom.js";
 import { loraReport } from "./report.js";
+import { loads, outputElement } from "./moving.js";
 
 export class Stage {
   /** `on.prompt(text)`, `on.start(output)`, `on.seed(seed)` and `on.word(text)` are what people can click here. */
@@ -113,8 +114,8 @@ export class Stage {
 
   async figure(prediction, output, index) {
     const [src, seed] = [pictureSource(output), prediction.seed + index];
-    const image = h("img", { src, class: "work", alt: `Picture ${index + 1} of ${prediction.outputs.length}` });
-    const gone = await image.decode().then(() => false, () => true);
+    const image = outputElement(src, { class: "work", alt: `Picture ${index + 1} of ${prediction.outputs.length}` });
+    const gone = !(await loads(image));
     if (gone) return h("figure", { class: "cell" }, h("div", { class: "frame gone" }, h("p", {}, "This picture is no longer on the server.")));
     const name = `impasto-${prediction.id.slice(0, 8)}-${seed}.${/\.(\w+)$/.exec(src)?.[1] ?? "png"}`;
     const seedButton = h("button", { type: "button", class: "plain seed", title: "Copy the seed, and use it for the next run" }, icon("copy"), `seed ${seed}`);
@@ -149,7 +150,7 @@ export class Stage {
 function view(src) {
   const viewer = at("viewer");
   const close = iconButton("close", "Close", () => viewer.close());
-  viewer.replaceChildren(h("img", { src, alt: "" }), close);
+  viewer.replaceChildren(outputElement(src), close);
   viewer.onclick = (event) => event.target.tagName !== "BUTTON" && viewer.close();
   viewer.showModal();
 }
