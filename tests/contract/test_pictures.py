@@ -323,5 +323,5 @@ def test_a_job_whose_picture_is_gone_fails_by_its_name(serve: Serve) -> None:
             assert done["status"] == "completed"
         failed = read(stack.client(), prediction)
         assert failed["status"] == "failed"
-        assert failed["error"] == "image is not stored any more; submit the request again"
+        assert failed["error"] == 'Error at "/image": is not stored any more; submit the request again'
         assert failed["code"] == 1402

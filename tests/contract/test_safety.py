@@ -209,7 +209,7 @@ def test_a_prompt_of_the_deny_list_is_refused(stack: Stack) -> None:
     gate = SafetyGate(denylist=DenyList(["red fox"]))
     done = refused(stack, gate, prompt="A Red-Fox, sitting", enable_safety_checker=False)
     assert done["code"] == 1401
-    assert done["error"].startswith("prompt has 'red fox'")
+    assert done["error"].startswith("Error at \"/prompt\": has 'red fox'")
 
 
 # Leaks

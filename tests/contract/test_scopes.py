@@ -169,6 +169,7 @@ WITHOUT_IDS = {  # each has a promise below, or knows nothing of keys
     *ANY, "POST /predictions", "POST /billings/search", "POST /user/usage_stats", "GET /webhook/secret",
     "POST /media/uploads", "POST /media/upload/binary", "POST /images/generations", "POST /images/edits",
     *(f"POST /{model}" for model in (MODEL, "wavespeed-ai/sdxl", "stability-ai/sdxl-lora", "stability-ai/sdxl")),
+    f"POST /{MODEL}/image-to-video",
 }  # fmt: skip
 
 

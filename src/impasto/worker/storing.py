@@ -1,4 +1,4 @@
-"""Finished media on their way into files, on threads of their own, while the next steps run.
+"""Finished media on their way into files, one after the other on a thread of their own, while the next steps run.
 
 Knows the gate, encoding and the publisher. Knows no backend and no queue: what came of each is asked for by the loop,
 on the loop's thread, and only there a job's state changes.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from impasto.jobs.records import Output
 from impasto.safety.gate import SafetyGate
@@ -19,8 +19,6 @@ from impasto.worker.media import media_file
 from impasto.worker.publishing import Publisher
 from impasto.worker.running import Running
 from impasto.worker.stats import WorkerStats
-
-THREADS: Final = 2  # one may wait for the checker or the storage while the other encodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Storing:
         self._publisher = publisher
         self._safety = safety
         self._stats = stats
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="storing")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="storing")
         self._under_way: list[tuple[Running, int, Future[Output]]] = []
         self._finished: list[tuple[Running, Finished]] = []  # in the backend; some of their files may be missing
 
