@@ -1,4 +1,4 @@
-"""The second edition's recipe beside the base: refiner, few steps, the lent GPU's errands, and the evaluation."""
+"""The second edition's recipe beside the base: refiner, few steps, a rented GPU's errands, and the evaluation."""
 
 from __future__ import annotations
 

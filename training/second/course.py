@@ -111,7 +111,7 @@ CPU = Course(
         Stage("mixed", ASPECTS, 12_000, 8, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
 )
-"""Two shared cores, for as many hours as there are; a stage's samples may be cut short by the next session's edit."""
+"""Two shared cores, for as many hours as there are; a stage's samples may be cut short by an edit in between."""
 
 GPU = Course(
     name="gpu",

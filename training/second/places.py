@@ -1,6 +1,6 @@
 """Where the second edition keeps its files. Knows folders only.
 
-``IMPASTO_TRAINING`` moves the folder, as on a machine that is lent and given back.
+``IMPASTO_TRAINING`` moves the folder, as on a machine that is rented by the hour.
 """
 
 from __future__ import annotations
