@@ -28,6 +28,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from benchmarks.machine import ROOT, describe
+from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
 
 SIDES: Final = {"builtin": 256, "reduced": 256, "full": 1024}
@@ -169,20 +170,16 @@ def _table(start: dict[str, dict[str, float]], stall: dict[str, dict[str, float]
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--accel", default="auto")
-    parser.add_argument("--side", type=int, help="pixels; by default what suits the model")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="folder for LoRA files, on a disk; by default the temporary one")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
-    parser.add_argument("--run", choices=["ours", "diffusers"], help=argparse.SUPPRESS)  # what a fresh process does
-    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    asked = engine_options(__doc__)
+    asked.add_argument("--accel", default="auto")
+    asked.add_argument("--side", type=int, help="pixels; by default what suits the model")
+    asked.add_argument("--rank", type=int, default=32)
+    asked.add_argument("--runs", type=int, default=3)
+    asked.add_argument("--scratch", type=Path, help="folder for LoRA files, on a disk; by default the temporary one")
+    asked.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
+    asked.add_argument("--run", choices=["ours", "diffusers"], help=argparse.SUPPRESS)  # what a fresh process does
+    asked.add_argument("--began", type=float, help=argparse.SUPPRESS)
+    options = asked.parse_args()
     options.side = options.side or SIDES.get(options.model, 512)
     return options
 

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks import roofline
 from benchmarks.machine import describe
+from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
 from benchmarks.ways import NO_LORAS, PEERS, Diffusers, Ours, Way, make_loras, make_ways
 from benchmarks.weights import model_folder
@@ -133,21 +134,17 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _options() -> argparse.Namespace:
     peers = ["diffusers"] if not torch.cuda.is_available() else list(PEERS)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--accels", nargs="+", default=["auto"], help="ours with each of these switches")
-    parser.add_argument("--peers", nargs="*", default=peers, choices=list(PEERS))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 768, 1024], help="sides, in pixels")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 20, 30])
-    parser.add_argument("--loras", type=int, nargs="+", default=[0, 1, 5], help="how many are on")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=2, help="counted runs of each setting")
-    parser.add_argument("--ours-only", action="store_true", help="leave the peers out, for a true peak memory")
-    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
-    return parser.parse_args()
+    asked = engine_options(__doc__)
+    asked.add_argument("--accels", nargs="+", default=["auto"], help="ours with each of these switches")
+    asked.add_argument("--peers", nargs="*", default=peers, choices=list(PEERS))
+    asked.add_argument("--sizes", type=int, nargs="+", default=[512, 768, 1024], help="sides, in pixels")
+    asked.add_argument("--steps", type=int, nargs="+", default=[4, 20, 30])
+    asked.add_argument("--loras", type=int, nargs="+", default=[0, 1, 5], help="how many are on")
+    asked.add_argument("--rank", type=int, default=32)
+    asked.add_argument("--runs", type=int, default=2, help="counted runs of each setting")
+    asked.add_argument("--ours-only", action="store_true", help="leave the peers out, for a true peak memory")
+    asked.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    return asked.parse_args()
 
 
 if __name__ == "__main__":

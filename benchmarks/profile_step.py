@@ -9,14 +9,13 @@ and for one VAE decode, for each list of switches, and how much of the wall time
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import roofline
+from benchmarks.options import engine_options
 from benchmarks.ways import Ours
 from benchmarks.weights import model_folder
 from impasto.engine.accel import choose_device
@@ -67,15 +66,11 @@ def _show(name: str, call: Callable[[], object], options: argparse.Namespace) ->
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--accels", nargs="+", default=["", "auto"])
-    parser.add_argument("--side", type=int, default=512, help="pixels")
-    parser.add_argument("--rows", type=int, default=15, help="of the table")
-    return parser.parse_args()
+    asked = engine_options(__doc__)
+    asked.add_argument("--accels", nargs="+", default=["", "auto"])
+    asked.add_argument("--side", type=int, default=512, help="pixels")
+    asked.add_argument("--rows", type=int, default=15, help="of the table")
+    return asked.parse_args()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from rich.table import Table
 from benchmarks import roofline
 from benchmarks.baselines.one_by_one import Done, OneByOne
 from benchmarks.machine import describe
+from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
 from benchmarks.ways import LORA_SCALE, Diffusers, Ours, make_loras
 from benchmarks.weights import model_folder
@@ -222,23 +223,19 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin", help="builtin, reduced, full or a folder (default: builtin)")
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "impasto-models")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--accel", default="auto", help="ours with these switches")
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--sets", type=int, nargs="+", default=[20], help="LoRA sets, each a file")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
-    parser.add_argument("--load", type=float, default=0.8, help="Poisson arrivals, as a share of our saturated rate")
-    parser.add_argument("--rate", type=float, help="Poisson arrivals a second, instead of --load")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
-    return parser.parse_args()
+    asked = engine_options(__doc__)
+    asked.add_argument("--accel", default="auto", help="ours with these switches")
+    asked.add_argument("--requests", type=int, default=60)
+    asked.add_argument("--sets", type=int, nargs="+", default=[20], help="LoRA sets, each a file")
+    asked.add_argument("--rank", type=int, default=16)
+    asked.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512])
+    asked.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
+    asked.add_argument("--load", type=float, default=0.8, help="Poisson arrivals, as a share of our saturated rate")
+    asked.add_argument("--rate", type=float, help="Poisson arrivals a second, instead of --load")
+    asked.add_argument("--seed", type=int, default=1)
+    asked.add_argument("--ours-only", action="store_true")
+    asked.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
+    return asked.parse_args()
 
 
 if __name__ == "__main__":

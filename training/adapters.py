@@ -1,25 +1,22 @@
 """Train the LoRAs that ship with the built-in model: it stays as it is, and low-rank factors learn a look.
 
-Knows how factors sit on the UNet's weights, the loss and the schedule of training, and how a run goes on after a
-stop. Does not know how a look is drawn (``looks``) or what a LoRA file looks like (``adapter_files``).
+Knows how factors sit on the UNet's weights, the loss and the course of training. Does not know how a run goes on
+(``tuning``), how a look is drawn (``looks``) or what a LoRA file looks like (``adapter_files``).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from training import checkpoint
 from training.adapter_files import CARDS, LORAS, Card, Factors, write_card, write_lora
 from training.art import subject_art
 from training.batches import OFFSET_NOISE, coarse_noise, timesteps
@@ -28,12 +25,11 @@ from training.looks import LOOKS
 from training.places import BUILTIN, CACHE
 from training.pools import Pool, place
 from training.subjects import BACKGROUNDS, CAST, CAST_STYLE, STYLES, SUBJECTS
-from training.team import Team, asked_to_stop, together
-from training.unet import importance, signal_shares
+from training.team import Team, together
+from training.tuning import SIDE, Frozen, Tuning
 
 SEED = 11
 RANK = ALPHA = 16
-SIDE = 512  # pixels
 PLACES = 2  # pictures of each subject on each background
 DROPPED = 0.1  # share of pictures without any text (zeros, as guidance has it): it has to have the look as well
 TRIGGERED = 0.5  # share of captions that say the trigger words
@@ -77,31 +73,17 @@ def adapted(unet: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
             yield name, module
 
 
-class Student:
+class Student(Frozen):
     """The shipped model with factors on its UNet; nothing else learns."""
 
     def __init__(self, folder: Path = BUILTIN) -> None:
-        self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
-        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            part.requires_grad_(False)
+        super().__init__(folder)
         self.unet = self.pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
         self.unet.set_attn_processor(AttnProcessor())
         modules = list(adapted(self.unet))
         self.factors = nn.ModuleDict({name.replace(".", "/"): LowRank(m.weight, RANK) for name, m in modules})
         for (_, module), factor in zip(modules, self.factors.values(), strict=True):
             parametrize.register_parametrization(module, "weight", factor)
-
-    @torch.no_grad()
-    def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Text states and pooled vectors, as a prompt's are when drawing."""
-        states, _, pooled, _ = self.pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
-        return states, pooled
-
-    @torch.no_grad()
-    def latents(self, pictures: Tensor) -> Tensor:
-        """What the autoencoder makes of pictures (n, 3, side, side) in -1..1."""
-        encoded: Tensor = self.pipeline.vae.encode(pictures).latent_dist.mean
-        return encoded
 
 
 def pool(student: Student, look: str, folder: Path = CACHE) -> Pool:
@@ -158,57 +140,28 @@ def batch(source: Pool, card: Card, course: Course, shares: Tensor, step: int) -
 
 def loss_of(student: Student, given: Batch, weights: Tensor) -> Tensor:
     """The error of the noise estimate, weighed by the noise level (``weights`` has one for each timestep)."""
-    states, pooled = student.read(given.captions)
-    states, pooled = states * given.kept[:, None, None], pooled * given.kept[:, None]
-    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).expand(len(pooled), -1)
-    added = {"text_embeds": pooled, "time_ids": sizes}
+    states, added = student.told(given.captions, given.kept)
     made = student.unet(given.noisy, given.timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
     errors = (made.float() - given.noise).square().mean((1, 2, 3))
     weighted: Tensor = (errors * weights[given.timesteps]).mean()
     return weighted
 
 
-class Run:
-    """One LoRA's training: factors, their average, the optimiser and the step count."""
+class Run(Tuning[Pool, Batch]):
+    """One LoRA's training."""
 
     def __init__(self, look: str, course: Course, folder: Path) -> None:
         torch.manual_seed(SEED)
-        self.card, self.course, self.folder = CARDS[look], course, folder
-        self.state = folder / f"adapter-{look}.pt"
-        self.student = Student()
-        factors = self.student.factors
-        self.average = checkpoint.Average(factors, 0.98)
-        self.optimiser = torch.optim.AdamW(factors.parameters(), course.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.shares = signal_shares()
-        self.weights = importance(self.shares, course.emphasis)
-        self.step = 0
-        done = checkpoint.load(self.state)
-        if done:
-            factors.load_state_dict(done["live"])
-            self.average.module.load_state_dict(done["average"])
-            self.optimiser.load_state_dict(done["optimiser"])
-            self.step = done["step"]
+        self.card, self.course, self.student = CARDS[look], course, Student()
+        super().__init__(course, folder / f"adapter-{look}.pt", self.student.factors)
 
-    def keep(self) -> None:
-        """Write everything needed to go on."""
-        weights = {"live": self.student.factors.state_dict(), "average": self.average.module.state_dict()}
-        checkpoint.save(self.state, weights | {"optimiser": self.optimiser.state_dict(), "step": self.step})
+    def batch(self, source: Pool) -> Batch:
+        """Pictures of the pool, noised."""
+        return batch(source, self.card, self.course, self.shares, self.step)
 
-    def advance(self, source: Pool) -> float:
-        """One step; returns its loss."""
-        course, factors = self.course, self.student.factors
-        for group in self.optimiser.param_groups:
-            group["lr"] = course.rate * min(1.0, (self.step + 1) / 30) * (1 - self.step / course.steps)
-        self.optimiser.zero_grad()
-        given = batch(source, self.card, course, self.shares, self.step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(self.student, given, self.weights)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(factors.parameters(), 1.0)
-        self.optimiser.step()
-        self.average.update(factors, self.step)
-        self.step += 1
-        return loss.item()
+    def loss(self, given: Batch) -> Tensor:
+        """The error of the noise estimate."""
+        return loss_of(self.student, given, self.weights)
 
     def learned(self) -> Factors:
         """The averaged factors of every module: ``down`` (rank, in, *kernel) and ``up`` (out, rank, *1)."""
@@ -225,19 +178,7 @@ def train(look: str, course: Course, folder: Path = CACHE, seconds: float = 1e9)
     """Train to the end of the course or until the time is spent; every two minutes the state is saved."""
     torch.set_flush_denormal(True)
     run = Run(look, course, folder)
-    source = pool(run.student, look, folder)
-    losses: list[float] = []
-    began = saved = time.monotonic()
-    while run.step < course.steps and not asked_to_stop() and time.monotonic() - began < seconds:
-        losses.append(run.advance(source))
-        if run.step % 50 == 0:
-            spent = time.monotonic() - began
-            print(f"{look} {run.step}/{course.steps} loss {np.mean(losses[-50:]):.4f} {spent:.0f} s", flush=True)
-        if time.monotonic() - saved > 120:
-            run.keep()
-            saved = time.monotonic()
-    run.keep()
-    return run, losses
+    return run, run.go_on(pool(run.student, look, folder), look, seconds, told_every=50)
 
 
 def work(team: Team, looks: tuple[str, ...], seconds: float, target: Path) -> None:

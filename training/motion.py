@@ -1,13 +1,12 @@
 """Train the built-in motion adapter: the built-in UNet stays as it is, and layers between the frames learn to move.
 
-Knows how a video is noised, the loss and the course of training, and how a run goes on after a stop. Does not know how
+Knows how a video is noised, the loss and the course of training. Does not know how a run goes on (``tuning``), how
 things move (``poses``) or what the adapter's files look like (``motion_files``).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import MotionAdapter, StableDiffusionXLPipeline
+from diffusers import MotionAdapter
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from impasto.models.motion import motion_layers, with_motion
-from training import checkpoint
 from training.architecture import UNET_WIDTHS
 from training.art import subject_art
 from training.captions import caption
@@ -30,11 +28,10 @@ from training.motion_files import MOTION, write_adapter
 from training.places import BUILTIN, CACHE
 from training.poses import PERIOD, Pose, pose, posed, rest
 from training.subjects import BACKGROUNDS, CAST, CAST_STYLE, STYLES, SUBJECTS
-from training.team import Team, asked_to_stop, together
-from training.unet import importance, signal_shares
+from training.team import Team, together
+from training.tuning import SIDE, Frozen, Tuning
 
 SEED = 13
-SIDE = 512  # pixels
 GROUNDS = 6  # backgrounds of each subject, each with a place of its own
 FRAMES = 32  # the most that the adapter can tell apart
 HEADS = 4
@@ -91,13 +88,11 @@ def new_adapter() -> MotionAdapter:
     return made
 
 
-class Student:
+class Student(Frozen):
     """The shipped model with layers between the frames; nothing else learns."""
 
     def __init__(self, folder: Path = BUILTIN) -> None:
-        self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
-        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            part.requires_grad_(False)
+        super().__init__(folder)
         self.unet = with_motion(self.pipeline.unet, new_adapter())
         self.unet.set_attn_processor(AttnProcessor())  # plain attention: its backward pass is the faster one on a CPU
         self.layers = nn.ModuleDict(
@@ -111,18 +106,6 @@ class Student:
         """Let the layers take the given frames of the video for what they see, in place of the first so many."""
         for clock, times in zip(self.clocks, self.times, strict=True):
             clock.pe = times[:, frames]
-
-    @torch.no_grad()
-    def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Text states and pooled vectors, as a prompt's are when drawing."""
-        states, _, pooled, _ = self.pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
-        return states, pooled
-
-    @torch.no_grad()
-    def latents(self, pictures: Tensor) -> Tensor:
-        """What the autoencoder makes of pictures (n, 3, side, side) in -1..1."""
-        encoded: Tensor = self.pipeline.vae.encode(pictures).latent_dist.mean
-        return encoded
 
 
 @dataclass(frozen=True)
@@ -232,10 +215,7 @@ def batch(source: Loops, course: Course, shares: Tensor, step: int) -> Batch:
 
 def loss_of(student: Student, given: Batch, weights: Tensor) -> Tensor:
     """The error of the estimate, weighed by the noise level (``weights`` has one for each timestep)."""
-    states, pooled = student.read(given.captions)
-    states, pooled = states * given.kept[:, None, None], pooled * given.kept[:, None]
-    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32).expand(len(pooled), -1)
-    added = {"text_embeds": pooled, "time_ids": sizes}
+    states, added = student.told(given.captions, given.kept)
     states = states.repeat_interleave(len(given.frames), 0)
     student.tell(given.frames)
     made = student.unet(given.noisy, given.timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
@@ -244,47 +224,26 @@ def loss_of(student: Student, given: Batch, weights: Tensor) -> Tensor:
     return weighted
 
 
-class Run:
-    """The adapter's training: its layers, their average, the optimiser and the step count."""
+class Run(Tuning[Loops, Batch]):
+    """The adapter's training."""
 
     def __init__(self, course: Course, state: Path) -> None:
         torch.manual_seed(SEED)
-        self.course, self.state = course, state
-        self.student = Student()
-        layers = self.student.layers
-        self.average = checkpoint.Average(layers, 0.98)
-        self.optimiser = torch.optim.AdamW(layers.parameters(), course.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.shares = signal_shares()
-        self.weights = importance(self.shares, course.emphasis)
-        self.step = 0
-        done = checkpoint.load(state)
-        if done:
-            layers.load_state_dict(done["live"])
-            self.average.module.load_state_dict(done["average"])
-            self.optimiser.load_state_dict(done["optimiser"])
-            self.step = done["step"]
+        self.course, self.student = course, Student()
+        super().__init__(course, state, self.student.layers)
+
+    def batch(self, source: Loops) -> Batch:
+        """Videos of the loops, noised."""
+        return batch(source, self.course, self.shares, self.step)
+
+    def loss(self, given: Batch) -> Tensor:
+        """The error of the estimate."""
+        return loss_of(self.student, given, self.weights)
 
     def keep(self) -> None:
-        """Write everything needed to go on."""
+        """Write everything needed to go on, with the frames' times in their own order."""
         self.student.tell(np.arange(FRAMES))
-        weights = {"live": self.student.layers.state_dict(), "average": self.average.module.state_dict()}
-        checkpoint.save(self.state, weights | {"optimiser": self.optimiser.state_dict(), "step": self.step})
-
-    def advance(self, source: Loops) -> float:
-        """One step; returns its loss."""
-        course, layers = self.course, self.student.layers
-        for group in self.optimiser.param_groups:
-            group["lr"] = course.rate * min(1.0, (self.step + 1) / 30) * max(0.0, 1 - self.step / course.steps)
-        self.optimiser.zero_grad()
-        given = batch(source, course, self.shares, self.step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(self.student, given, self.weights)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
-        self.optimiser.step()
-        self.average.update(layers, self.step)
-        self.step += 1
-        return loss.item()
+        super().keep()
 
     def learned(self) -> dict[str, Tensor]:
         """The averaged layers under the names that an adapter's file has."""
@@ -296,19 +255,7 @@ def train(course: Course, state: Path = STATE, folder: Path = CACHE, seconds: fl
     """Train to the end of the course or until the time is spent; every two minutes the state is saved."""
     torch.set_flush_denormal(True)
     run = Run(course, state)
-    source = loops(run.student, folder)
-    losses: list[float] = []
-    began = saved = time.monotonic()
-    while run.step < course.steps and not asked_to_stop() and time.monotonic() - began < seconds:
-        losses.append(run.advance(source))
-        if run.step % 20 == 0:
-            spent = time.monotonic() - began
-            print(f"motion {run.step}/{course.steps} loss {np.mean(losses[-20:]):.4f} {spent:.0f} s", flush=True)
-        if time.monotonic() - saved > 120:
-            run.keep()
-            saved = time.monotonic()
-    run.keep()
-    return run, losses
+    return run, run.go_on(loops(run.student, folder), "motion", seconds, told_every=20)
 
 
 def work(_team: Team, seconds: float, target: Path) -> None:

@@ -21,6 +21,7 @@ from impasto.cli_db import db_app
 from impasto.cli_keys import keys_app
 from impasto.cli_lora import lora_app
 from impasto.cli_options import lora_named, loras_by_option
+from impasto.cli_progress import denoising
 from impasto.cli_status import status
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import ConfigError, ImpastoError, InvalidInput
@@ -285,8 +286,6 @@ def _mask(path: Path | None) -> Image | None:
 def _draw(request: GenerationRequest, settings: GenerateSettings, service: Settings) -> None:
     """Run the engine with a progress bar and save each picture as it is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
     from impasto.images import format_of
 
@@ -307,16 +306,14 @@ def _draw(request: GenerationRequest, settings: GenerateSettings, service: Setti
             accel=Accel.parse(settings.accel),
         )
     teller = Teller(request, settings.lora, service)
-    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Bar(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task("denoising", total=request.num_inference_steps, pace="")
+    with denoising(console, request.num_inference_steps) as move:
         for event in engine.generate(request):
             if isinstance(event, Progress):
-                bar.update(task, total=event.total, completed=event.step, pace=f"{event.seconds:.2f} s/step")
+                move(event)
             elif isinstance(event, ImageReady):
                 path = _numbered(output, event.index, request.num_images)
                 path.write_bytes(teller.encoded(event.image, event.seed, file_format))
-                bar.console.print(f"{path}  seed {event.seed}")
+                console.print(f"{path}  seed {event.seed}")
 
 
 def _numbered(output: Path, index: int, count: int) -> Path:

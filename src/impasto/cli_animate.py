@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from impasto.cli_options import lora_named, loras_by_option
+from impasto.cli_progress import denoising
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import InvalidInput
 from impasto.types import LIMITS, Animation, GenerationRequest, Progress, VideoReady, parse_size
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from impasto.animate.animator import Animator
 
 STRENGTH, GUIDANCE, STEPS = 0.8, 5.0, 20
@@ -59,15 +62,12 @@ def animate(
         impasto animate cat.jpg --prompt "a cat turns its head" --model stabilityai/stable-diffusion-xl-base-1.0
         --motion-adapter guoyww/animatediff-motion-adapter-sdxl-beta -o cat.webm
     """
-    from impasto.images import natural_size, read_picture
+    from impasto.images import natural_size
     from impasto.models.catalog import motion_adapter as adapter_for
     from impasto.video import video_format_of
 
     video_format_of(output)
-    try:
-        picture = read_picture(image.read_bytes(), "IMAGE")
-    except OSError as error:
-        raise InvalidInput("IMAGE", f"{image} cannot be read ({error.strerror}); give a picture file") from None
+    picture = _picture(image)
     given = {"model": model, "device": device, "dtype": dtype, "lora": lora}
     settings = GenerateSettings.load(config, given)
     width, height = parse_size(size, "--size", LIMITS.video_side) if size else natural_size(picture, LIMITS.video_side)
@@ -91,11 +91,18 @@ def animate(
         _run(request, settings, Settings.load(config, {"model": settings.model}), adapter, output)
 
 
+def _picture(path: Path) -> Image:
+    from impasto.images import read_picture
+
+    try:
+        return read_picture(path.read_bytes(), "IMAGE")
+    except OSError as error:
+        raise InvalidInput("IMAGE", f"{path} cannot be read ({error.strerror}); give a picture file") from None
+
+
 def _run(request: GenerationRequest, settings: GenerateSettings, service: Settings, adapter: str, output: Path) -> None:
     """Load, draw with a progress bar, and save."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
     from impasto.cli_metadata import Teller
     from impasto.video import video_format_of
@@ -105,15 +112,13 @@ def _run(request: GenerationRequest, settings: GenerateSettings, service: Settin
     with console.status(f"loading {settings.model} …"):
         animator = _animator(settings, adapter)
     teller = Teller(request, settings.lora, service)
-    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Bar(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task("denoising", total=request.num_inference_steps, pace="")
+    with denoising(console, request.num_inference_steps) as move:
         for event in animator.animate(request):
             if isinstance(event, Progress):
-                bar.update(task, total=event.total, completed=event.step, pace=f"{event.seconds:.2f} s/step")
+                move(event)
             elif isinstance(event, VideoReady):
                 output.write_bytes(teller.video(event, video_format_of(output)))
-                bar.console.print(f"{output}  {len(event.frames)} frames  seed {event.seed}")
+                console.print(f"{output}  {len(event.frames)} frames  seed {event.seed}")
 
 
 def _animator(settings: GenerateSettings, adapter: str) -> Animator:

@@ -17,7 +17,6 @@ from impasto.images import CONTENT_TYPES, encode_image
 from impasto.types import GenerationRequest, OutputFormat, VideoFormat, VideoReady
 from impasto.video import VIDEO_TYPES, encode_video
 from impasto.worker.loras import FoundLora
-from impasto.worker.media import SIGNED_VIDEOS
 from impasto.worker.provenance import Provenance, Recipe
 
 if TYPE_CHECKING:
@@ -56,15 +55,14 @@ class Teller:
         return recipe.signed(encode_image(image, file_format, recipe.text(seed)), CONTENT_TYPES[file_format])
 
     def video(self, made: VideoReady, file_format: VideoFormat) -> bytes:
-        """Return the file of a video; C2PA's library signs no WebM.
+        """Return the file of a video.
 
         Raises:
             ConfigError: It cannot be signed as the settings ask, or PyAV is missing.
         """
         recipe = self._recipe.result()
         data = encode_video(made.frames, made.fps, file_format, recipe.text(made.seed) if recipe else None)
-        content_type = VIDEO_TYPES[file_format]
-        return recipe.signed(data, content_type) if recipe and content_type in SIGNED_VIDEOS else data
+        return recipe.signed(data, VIDEO_TYPES[file_format]) if recipe else data
 
 
 def _recipe(request: GenerationRequest, found: Sequence[FoundLora], settings: Settings) -> Recipe | None:

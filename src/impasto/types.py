@@ -216,6 +216,13 @@ class GenerationRequest:
             if len(getattr(self, name)) > most:
                 raise InvalidInput(name, f"takes at most {most} items, got {len(getattr(self, name))}")
 
+    def guides(self, share: float) -> bool:
+        """Whether guidance is on when this share of the calls is done: it may be limited to an interval.
+
+        Source of the interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+        """
+        return self.guidance_start <= share < self.guidance_end
+
     def _check_prompts(self) -> None:
         check_prompt("prompt", self.prompt)
         if not self.prompt.strip():

@@ -1,4 +1,4 @@
-"""A fresh job store for each test.
+"""A fresh job store for each test, and one thread for networks that are too small for more.
 
 Knows where databases are made: a new SQLite file, and a new database of a real PostgreSQL. Knows nothing of what is
 tested.
@@ -73,3 +73,14 @@ def alice(keys: KeyStore) -> str:
 def bob(keys: KeyStore) -> str:
     """Id of another API key."""
     return keys.authenticate(keys.create("bob")).id
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by sharing work between threads."""
+    import torch  # most tests of this folder need none
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

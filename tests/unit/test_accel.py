@@ -20,16 +20,8 @@ from impasto.models.fused import FusedAttention, fuse_projections
 from impasto.types import LoraRef
 from tests.random_sdxl import save_random_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only lose by sharing work between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,10 @@ from impasto.models.packed import Pack, PackedLinear, can_pack, pack_linears
 from impasto.types import LoraRef
 from tests.random_sdxl import save_random_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 HALF_ROUNDING = 0.01  # of bfloat16's 8 bits, after a softmax and two products
 needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch cannot pack weights")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only lose by sharing work between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

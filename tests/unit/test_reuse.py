@@ -14,6 +14,9 @@ from impasto.models.reuse import predict_full, predict_shallow
 from impasto.models.tiling import VALUES_PER_PIXEL, decode, encode, fits
 from tests.random_sdxl import save_random_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 BUILTIN = "src/impasto/models/builtin"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -22,15 +25,6 @@ LAYOUTS = {
     "refiner": ((DOWN, CROSS_DOWN, CROSS_DOWN, DOWN), (UP, CROSS_UP, CROSS_UP, UP)),
     "attention outside": ((CROSS_DOWN, CROSS_DOWN, DOWN), (UP, CROSS_UP, CROSS_UP)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only lose by sharing work between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(layout: str) -> UNet2DConditionModel:

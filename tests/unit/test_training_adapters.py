@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from impasto.engine.engine import Engine
 from impasto.types import GenerationRequest, ImageReady, LoraRef
-from training import adapter_files, adapters, looks, pools
+from training import adapter_files, adapters, looks, pools, tuning
 from training.adapter_files import CARDS, LORAS
 from training.subjects import CAST_STYLE, STYLES
 
@@ -79,7 +79,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> t
     """Train for four steps on a tiny pool, asked to stop after some."""
     asked = iter(range(100))
     monkeypatch.setattr(adapters, "pool", tiny_pool)
-    monkeypatch.setattr(adapters, "asked_to_stop", lambda: next(asked) >= stop_after)
+    monkeypatch.setattr(tuning, "asked_to_stop", lambda: next(asked) >= stop_after)
     return adapters.train("pixel-art", adapters.Course(steps=4, batch=2), folder)
 
 

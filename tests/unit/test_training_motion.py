@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from impasto.models.motion import load_adapter
-from training import motion
+from training import motion, tuning
 from training.motion_files import write_adapter
 from training.poses import MOTIONS, PERIOD, Pose, Rest, pose, posed
 from training.subjects import CAST
@@ -108,7 +108,7 @@ def test_training_goes_on_after_a_stop_as_if_there_had_been_none(
     whole, losses = motion.train(COURSE, tmp_path / "whole.pt", tmp_path)
     asked = iter(range(100))
     with monkeypatch.context() as stopped:
-        stopped.setattr(motion, "asked_to_stop", lambda: next(asked) >= 2)
+        stopped.setattr(tuning, "asked_to_stop", lambda: next(asked) >= 2)
         first, _ = motion.train(COURSE, tmp_path / "parts.pt", tmp_path)
     assert first.step == 2 and whole.step == 4 and np.isfinite(losses).all()
     again, _ = motion.train(COURSE, tmp_path / "parts.pt", tmp_path)

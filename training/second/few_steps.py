@@ -7,7 +7,6 @@ guidance. Knows this loss and how factors sit on a UNet; scenes, clock and check
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from training.second.learn import Given, Painter, Run
 from training.second.places import SECOND
 from training.second.plans import Plan
 from training.second.reservoir import Reservoir
-from training.team import Team, alone, heed, together
+from training.team import Team
 
 POINTS = 50  # of the teacher's path
 GUIDANCE = 4.0
@@ -132,16 +131,4 @@ def train(
 
 
 if __name__ == "__main__":
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("base", choices=sorted(name for name, course in COURSES.items() if not course.base))
-    asked.add_argument("--seconds", type=float, default=1e9)
-    asked.add_argument("--processes", type=int, default=1)
-    asked.add_argument("--workers", type=int, default=0)
-    asked.add_argument("--device", default=None)
-    chosen = asked.parse_args()
-    planned = COURSES[f"{chosen.base}-few-steps"]
-    if chosen.processes > 1:
-        together(chosen.processes, train, planned, SECOND, chosen.seconds, "cpu")
-    else:
-        heed()
-        train(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers)
+    learn.based_on("few-steps", train, __doc__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,20 +320,36 @@ def painter(course: Course, folder: Path = SECOND) -> Painter:
     return made.requires_grad_(False).eval()
 
 
-if __name__ == "__main__":
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("course", choices=sorted(COURSES))
+def options(about: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
+    """What every course is started with: its name, ``course``, and where and how long it runs."""
+    asked = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("course", choices=sorted(names))
     asked.add_argument("--seconds", type=float, default=1e9, help="of this run")
-    asked.add_argument("--minutes", type=float, default=0.0, help="of the whole course, instead of counting samples")
     asked.add_argument("--processes", type=int, default=1, help="on a CPU")
     asked.add_argument("--workers", type=int, default=0, help="that prepare steps ahead, on a GPU")
     asked.add_argument("--device", default=None)
+    return asked
+
+
+def start(work: Callable[..., list[float]], planned: Course, chosen: argparse.Namespace, *further: Any) -> None:
+    """Go on with a course, in this process or in several, as the command line asks."""
+    if chosen.processes > 1:
+        together(chosen.processes, work, planned, SECOND, chosen.seconds, "cpu")
+    else:
+        heed()
+        work(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers, *further)
+
+
+def based_on(suffix: str, work: Callable[..., list[float]], about: str | None) -> None:
+    """Start the course that follows a base model's, from the command line: ``base`` names the base's."""
+    chosen = options(about, (name for name, course in COURSES.items() if not course.base)).parse_args()
+    start(work, COURSES[f"{chosen.course}-{suffix}"], chosen)
+
+
+if __name__ == "__main__":
+    asked = options(__doc__, COURSES)
+    asked.add_argument("--minutes", type=float, default=0.0, help="of the whole course, instead of counting samples")
     asked.add_argument("--compile", action="store_true")
     chosen = asked.parse_args()
     planned = COURSES[chosen.course]
-    planned = planned.lasting(chosen.minutes) if chosen.minutes else planned
-    if chosen.processes > 1:
-        together(chosen.processes, train, planned, SECOND, chosen.seconds, "cpu")
-    else:
-        heed()
-        train(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers, chosen.compile)
+    start(train, planned.lasting(chosen.minutes) if chosen.minutes else planned, chosen, chosen.compile)

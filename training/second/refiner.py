@@ -8,7 +8,6 @@ from pictures that stay blurred. Knows all this; how a run goes on is ``learn``'
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from training.second.places import SECOND
 from training.second.plans import Plan
 from training.second.reading import Reader
 from training.second.reservoir import Reservoir
-from training.team import Team, alone, heed, together
+from training.team import Team
 from training.unet import importance
 
 GOOD, POOR, POORLY = (6.0, 7.5), (2.0, 3.0), 0.15  # scores of clean and of blurred pictures, and the latter's share
@@ -141,16 +140,4 @@ def refiner(course: Course, folder: Path = SECOND) -> Refiner:
 
 
 if __name__ == "__main__":
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("base", choices=sorted(name for name, course in COURSES.items() if not course.base))
-    asked.add_argument("--seconds", type=float, default=1e9)
-    asked.add_argument("--processes", type=int, default=1)
-    asked.add_argument("--workers", type=int, default=0)
-    asked.add_argument("--device", default=None)
-    chosen = asked.parse_args()
-    planned = COURSES[f"{chosen.base}-refiner"]
-    if chosen.processes > 1:
-        together(chosen.processes, train, planned, SECOND, chosen.seconds, "cpu")
-    else:
-        heed()
-        train(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers)
+    learn.based_on("refiner", train, __doc__)

@@ -87,8 +87,8 @@ class Clip:
     @property
     def guided(self) -> bool:
         """Whether the next call needs the negative half."""
-        request, share = self.flight.request, self.call / len(self.leg.trajectory)
-        return self.conditioning.negative is not None and request.guidance_start <= share < request.guidance_end
+        share = self.call / len(self.leg.trajectory)
+        return self.conditioning.negative is not None and self.flight.request.guides(share)
 
     def advance(self, denoised: Tensor) -> None:
         """Move all frames on, given the estimate of the clean latents; the first frame is held to the start picture.

@@ -84,12 +84,8 @@ class Row:
 
     @property
     def guided(self) -> bool:
-        """Whether the next call needs the negative half: guidance may be limited to an interval of the steps.
-
-        Source of the interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
-        """
-        share = self.call / len(self.leg.trajectory)
-        return self.steers.negative is not None and self.request.guidance_start <= share < self.request.guidance_end
+        """Whether the next call needs the negative half."""
+        return self.steers.negative is not None and self.request.guides(self.call / len(self.leg.trajectory))
 
     @property
     def shallow(self) -> bool:

@@ -21,6 +21,7 @@ from impasto.config import Settings
 from impasto.errors import ConfigError
 
 MADE_BY_A_MODEL: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SIGNED_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/webp"})  # the library signs no WebM
 SDK_SETTINGS: Final = {
     "builder": {"thumbnail": {"enabled": False}},
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},  # signing dials nobody
@@ -68,7 +69,9 @@ class ContentCredentials:
         )
 
     def signed(self, data: bytes, content_type: str) -> bytes:
-        """Return a picture's file, PNG, JPEG or WebP, with its credentials; pixels and metadata stay as they are."""
+        """Return a file with its credentials, pixels and metadata as they are; of other types, the file as it is."""
+        if content_type not in SIGNED_TYPES:
+            return data
         signed = io.BytesIO()
         with self._library.Builder(self._manifest, self._context) as builder:
             builder.sign(self._signer, content_type, io.BytesIO(data), signed)

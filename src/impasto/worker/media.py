@@ -13,8 +13,6 @@ from impasto.types import ImageReady, OutputFormat, VideoFormat, VideoReady
 from impasto.video import VIDEO_TYPES, encode_video
 from impasto.worker.running import Running
 
-SIGNED_VIDEOS = ("image/webp",)  # C2PA's library signs no WebM
-
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
@@ -49,7 +47,5 @@ def _video(event: VideoReady, running: Running, safety: SafetyGate) -> MediaFile
     file_format: VideoFormat = running.job.input["output"]["format"]
     content_type = VIDEO_TYPES[file_format]
     frames, flags = zip(*(safety.passed(frame, running.wants_check) for frame in event.frames), strict=True)
-    data = encode_video(frames, event.fps, file_format, running.text(event.seed))
-    if content_type in SIGNED_VIDEOS:
-        data = running.signed(data, content_type)
+    data = running.signed(encode_video(frames, event.fps, file_format, running.text(event.seed)), content_type)
     return MediaFile(data, content_type, frames[0].size, any(flags))
