@@ -57,6 +57,7 @@ MODES = (
     Mode("channels_last", True, Accel(channels_last=True)),
     Mode("fuse_projections", True, Accel(fuse_projections=True)),
     Mode("cuda_graphs", True, Accel(cuda_graphs=True)),
+    Mode("fp8", False, Accel(fp8=True)),
     *(Mode(f"reuse_features {n}", False, changes={"reuse_features": n}) for n in (2, 3, 5)),
     *(Mode(f"guidance_end {end}", False, changes={"guidance_end": end}) for end in (0.8, 0.6, 0.5)),
 )
@@ -112,8 +113,8 @@ def main() -> None:
     setting = {name: getattr(options, name) for name in ("model", "device", "dtype", "side", "steps", "seeds")}
     result = {"benchmark": "accel", **setting, "prompts": PROMPTS, "rows": rows, "machine": describe()}
     _print(rows)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
@@ -161,7 +162,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _options() -> argparse.Namespace:
     kinds = list(dict.fromkeys(mode.name.split()[0] for mode in MODES if mode.name != "plain"))
     if not torch.cuda.is_available():
-        kinds.remove("cuda_graphs")
+        kinds = [kind for kind in kinds if kind not in ("cuda_graphs", "fp8")]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin", help="model to time (default: builtin)")
     parser.add_argument("--device", default="auto")
@@ -169,7 +170,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2, help=f"seeds for each of {len(PROMPTS)} prompts")
-    parser.add_argument("--modes", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--modes", nargs="+", default=kinds, choices=[*kinds, *({"fp8"} - set(kinds))])
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"where the figures go (default: {RESULT.name})")
     return parser.parse_args()
 
 

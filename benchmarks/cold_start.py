@@ -5,10 +5,16 @@ is read from the disk, parsed, made ready for each weight and put on; whatever p
 other jobs holds those up. diffusers does all of it inside ``load_lora_weights``, and nothing else moves meanwhile.
 
 Two parts. ``start``: fresh processes, ours and diffusers', from the process's start to the first and to the second
-picture. ``stall``: jobs are running; one arrives with a LoRA whose file is not in memory. Told are the median gap
-between two steps before, and the longest gap from the arrival to the new job's first step: without reading ahead
-(``cold``), with the file read ahead by another thread, as the worker does (``read ahead``), and when it was used before
-(``warm``). Prints a table, then one line of JSON, which is also written to ``benchmarks/results/cold_start.json``.
+picture. ``stall``: jobs are running; one arrives with a LoRA whose file is not in memory: it was not touched before
+(``cold``), was read ahead, but not parsed (``read ahead``), is made ready by another thread while the others step, as
+the worker has it done (``preloaded``), or was used before (``warm``). Told are, from the arrival to the new job's first
+step, the usual gap between two steps before it; the longest gap; the processor time of the stepping thread in the step
+that took most of it (``longest_work``; on a machine with other work, the fairer figure); the part of the longest gap's
+step that changed weights (``switch``); and for ``preloaded`` the seconds that it took (``ready``) and the median and
+longest gap meanwhile. What a cold file costs others is ``longest_work`` over that of ``warm``, less the difference of
+their switches: a set's second switch copies weights that its first one made.
+
+Prints a table, then one line of JSON, which is also written to ``benchmarks/results/cold_start.json``.
 """
 
 from __future__ import annotations
@@ -20,8 +26,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,26 +90,22 @@ def stalls(folder: str, scratch: Path, options: argparse.Namespace) -> dict[str,
     from impasto.worker.warming import read_ahead
 
     engine = Ours(folder, options.device, options.dtype, options.accel).engine
-    files = make_loras(folder, 2 * options.runs + 1, scratch, options.rank)
+    files = make_loras(folder, 3 * options.runs + 1, scratch, options.rank)
     os.sync()  # pages that were not written yet cannot be dropped
-    nothing: Callable[[Path], object] = lambda file: None  # noqa: E731
-    _arrival(engine, files[-1], nothing, options)  # nobody's first call counts
-    found: dict[str, Any] = {}
-    for name, own, prepare in (
-        ("cold", files[: options.runs], nothing),
-        ("read ahead", files[options.runs : -1], read_ahead),
-        ("warm", files[: options.runs], nothing),
-    ):
-        runs = []
-        for file in own:
+    _arrival(engine, files[-1], Way(), options)  # nobody's first call counts
+    ways = {"cold": Way(), "read ahead": Way(read=read_ahead), "preloaded": Way(preloads=True), "warm": Way()}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for run in range(options.runs):  # in turn, so that what else the machine does meets all alike
+        for place, (name, way) in enumerate(ways.items()):
+            file = files[0 if name == "warm" else 3 * run + place]
             if name != "warm":
                 drop_from_cache(file)
-            runs.append(_arrival(engine, file, prepare, options))
-        found[name] = _medians(runs)
+            runs[name].append(_arrival(engine, file, way, options))
+    found: dict[str, Any] = {name: _medians(own) for name, own in runs.items()}
     del engine
     peer = Diffusers(folder, options.device, options.dtype)
     loads = []
-    for file in files[:-1]:
+    for file in files[: 2 * options.runs]:
         drop_from_cache(file)
         start = time.perf_counter()
         peer.wear([file])
@@ -109,10 +113,21 @@ def stalls(folder: str, scratch: Path, options: argparse.Namespace) -> dict[str,
     return found | {"diffusers, load": _medians(loads)}
 
 
-def _arrival(
-    engine: Any, file: Path, prepare: Callable[[Path], object], options: argparse.Namespace
-) -> dict[str, float]:
-    """Let jobs run, then one with a LoRA arrive; return the usual gap between steps and the longest after that."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What is done about a job's LoRA before the job is handed in.
+
+    Attributes:
+        read: Reads its file; on another thread in the worker, so here while nobody steps.
+        preloads: Whether it is made ready while the others step.
+    """
+
+    read: Callable[[Path], object] = lambda file: None
+    preloads: bool = False
+
+
+def _arrival(engine: Any, file: Path, way: Way, options: argparse.Namespace) -> dict[str, float]:
+    """Let jobs run, then one with a LoRA arrive; return what the module says, in seconds."""
     from impasto.types import GenerationRequest, LoraRef, Progress
 
     def request(**changes: Any) -> GenerationRequest:
@@ -122,23 +137,51 @@ def _arrival(
     running = [engine.submit(request(seed=seed)) for seed in range(RUNNING)]
     for _ in range(4):  # admission and the first, measured calls
         engine.step()
-    before = [_timed(engine.step)[0] for _ in range(6)]
-    prepare(file)  # on another thread in the worker, so it is in nobody's way here
-    arrived = engine.submit(request(loras=(LoraRef(str(file), 0.7),), num_inference_steps=2, seed=9))
-    after, began = [], False
-    while not began:
-        seconds, events = _timed(engine.step)
-        after.append(seconds)
-        began = any(isinstance(event, Progress) and event.request_id == arrived for event in events)
+    before = [_stepped(engine) for _ in range(6)]
+    way.read(file)
+    new = request(loras=(LoraRef(str(file), 0.7),), num_inference_steps=2, seed=9)
+    figures: dict[str, float] = {"usual_gap": statistics.median(step.seconds for step in before)}
+    if way.preloads:
+        figures |= _preloaded(engine, new)
+    arrived = engine.submit(new)
+    after = [_stepped(engine)]
+    while not any(isinstance(event, Progress) and event.request_id == arrived for event in after[-1].events):
+        after.append(_stepped(engine))
     for request_id in (*running, arrived):
         engine.cancel(request_id)
-    return {"usual_gap": statistics.median(before), "longest_gap": max(after)}
+    longest = max(after, key=lambda step: step.work)
+    gap = max(step.seconds for step in after)
+    return figures | {"longest_gap": gap, "longest_work": longest.work, "switch": longest.switch}
 
 
-def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
+def _preloaded(engine: Any, request: Any) -> dict[str, float]:
+    """Have a request made ready while others step, for as long as they have steps to do."""
     start = time.perf_counter()
-    result = do()
-    return time.perf_counter() - start, result
+    thread = threading.Thread(target=engine.preload, args=(request,))
+    thread.start()
+    steps = []
+    while thread.is_alive() and engine.busy:
+        steps.append(_stepped(engine).seconds)
+    thread.join()
+    ready = time.perf_counter() - start
+    return {"ready": ready, "gap_meanwhile": statistics.median(steps), "longest_gap_meanwhile": max(steps)}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step took, in seconds: in all, on its thread's processor, and for weights; and what came of it."""
+
+    seconds: float
+    work: float
+    switch: float
+    events: list[Any]
+
+
+def _stepped(engine: Any) -> Step:
+    start, work, switch = time.perf_counter(), time.thread_time(), engine.usage()["lora_switch_seconds"]
+    events = engine.step()
+    switched = engine.usage()["lora_switch_seconds"] - switch
+    return Step(time.perf_counter() - start, time.thread_time() - work, switched, events)
 
 
 def drop_from_cache(file: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU measurement and test in one go, the most important first, each with a time limit: 25 minutes at most on one
+# Every GPU measurement and test in one go, the most important first, each with a time limit: 29 minutes at most on one
 # H100, without a network. Results and logs go to $OUT (default: out/gpu). Parts may be named, so that several shorter
 # runs do the same:
 #
@@ -15,7 +15,7 @@ OUT=${OUT:-out/gpu}
 PYTHON=${PYTHON:-python3}
 MODELS=${MODELS:-${TMPDIR:-/tmp}/impasto-models}
 PARTS=("$@")
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests latency switch throughput compiled beside cold profile recipe)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests latency switch throughput compiled beside cold profile fp8 recipe)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="src:." PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/impasto-inductor}
@@ -41,10 +41,13 @@ export PYTHON
 
 GPU="--models $MODELS --model full --device cuda --dtype bfloat16"
 FAST=channels_last,vae_channels_last,fuse_projections,cuda_graphs
+EXACT=$FAST,static_shapes FP8=channels_last,vae_channels_last,cuda_graphs,static_shapes,fp8
+WHERE="--device cuda --dtype bfloat16" SEEDS=2 FEW=20
 SIDE=1024 STEPS="30" MIX_SIDES="768 1024" MIX_STEPS="20 30" REQUESTS=20 SETS="1 100" RUNS=3 RANK=32 PEERS="diffusers" MIN=1
 if [ -n "${DRY:-}" ]; then
   GPU="--models $MODELS --model reduced --device cpu --dtype bfloat16"
   FAST=vae_channels_last,fuse_projections
+  EXACT=$FAST FP8=vae_channels_last,fp8 WHERE="--device cpu --dtype bfloat16 --side 256" SEEDS=1 FEW=2
   SIDE=256 STEPS="2" MIX_SIDES="256" MIX_STEPS="2" REQUESTS=6 SETS="1 4" RUNS=1 RANK=4 MIN=${DRY_LIMIT:-1}
 fi
 
@@ -74,10 +77,14 @@ for name in "${PARTS[@]}"; do
         --out $OUT/cold_start.json" ;;
     profile)
       part profile $((50 * MIN)) bash -c "bench profile_step $GPU --side $SIDE --accels $FAST" ;;
+    fp8)  # what 8 bits save, compiled and recorded as the exact way is; and what they cost: PSNR on the built-in model
+      part fp8 $((200 * MIN)) bash -c "bench latency $GPU --sizes $SIDE --steps $STEPS --loras 0 5 --rank $RANK \
+        --runs $RUNS --accels $EXACT $FP8 --peers --out $OUT/latency_fp8.json && \
+        bench accel --model builtin $WHERE --modes fp8 --seeds $SEEDS --steps $FEW --out $OUT/fp8.json" ;;
     recipe)  # torch's best published recipe; max-autotune takes its time, so it comes last
       part recipe $((260 * MIN)) bash -c "bench latency $GPU --sizes $SIDE --steps $STEPS --loras 0 --runs $RUNS \
         --accels $FAST --peers 'torch recipe' --out $OUT/latency_recipe.json" ;;
-    *) echo "no part $name: tests latency switch throughput compiled beside cold profile recipe" >&2; exit 2 ;;
+    *) echo "no part $name: tests latency switch throughput compiled beside cold profile fp8 recipe" >&2; exit 2 ;;
   esac
 done
 ls -l "$OUT"

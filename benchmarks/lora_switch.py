@@ -22,7 +22,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -37,10 +36,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.full_size import UNET
+from benchmarks.lora_batches import mixed, stacked
+from benchmarks.lora_networks import WIDTHS, make_unet, targets, write_lora
 from benchmarks.machine import describe
 from impasto.engine.memory import free_memory, process_memory
 from impasto.lora.apply import Adapters
@@ -48,11 +47,6 @@ from impasto.lora.budgets import Budgets
 from impasto.types import LoraRef
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS = {
-    "full": UNET,
-    "half": UNET | {"block_out_channels": (160, 320, 640), "attention_head_dim": (5, 5, 10)},
-    "a tenth": UNET | {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 1, 2)},
-}
 MIB = 2**20
 
 Times = dict[str, list[tuple[float, float]]]  # wall and processor seconds of each part
@@ -92,43 +86,6 @@ def _report(name: str, result: dict[str, Any], *, keep: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-
-
-def make_unet(config: dict[str, Any], device: str = "cpu") -> UNet2DConditionModel:
-    """Build a UNet in bfloat16 with random weights of a trained model's size, fast: one random block, repeated."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config).to(torch.bfloat16)
-    unet.to_empty(device=device).requires_grad_(False).eval()
-    noise = torch.randn(4 * MIB, generator=torch.Generator().manual_seed(0)).to(device)
-    for parameter in unet.parameters():
-        repeats = math.ceil(parameter.numel() / len(noise))
-        fan_in = parameter.numel() / len(parameter)
-        values = noise.repeat(repeats)[: parameter.numel()].view(parameter.shape)
-        parameter.copy_(values / math.sqrt(fan_in) if parameter.ndim > 1 else torch.ones_like(values))
-    return unet
-
-
-def targets(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears that kohya's trainer trains by default: those of the attention blocks."""
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear) and ".attentions." in name:
-            yield name, module
-
-
-def write_lora(path: Path, unet: nn.Module, rank: int, dtype: torch.dtype, seed: int) -> Path:
-    """Write a file under kohya's names, alpha half the rank, with deltas a few hundredths of the weights' size."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in targets(unet):
-        flat = f"lora_unet_{name.replace('.', '_')}"
-        down = torch.randn(rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
-        tensors[f"{flat}.lora_down.weight"] = down.to(dtype)
-        tensors[f"{flat}.lora_up.weight"] = (torch.randn(module.out_features, rank, generator=generator) * 0.02).to(
-            dtype
-        )
-        tensors[f"{flat}.alpha"] = torch.tensor(rank / 2, dtype=dtype)
-    save_file(tensors, path)
-    return path
 
 
 def measure(unet: UNet2DConditionModel, folder: Path, rank: int, dtype: str, runs: int) -> dict[str, Any]:
@@ -262,112 +219,6 @@ def measure_memory(folder: Path, width: str, switches: int, rank: int) -> dict[s
     back = all(torch.equal(a, b) for a, b in zip(probe, _probe(unet), strict=True))
     facts = {"width": width, "rank": rank, "sets": 4, "switches": switches, "seconds": round(seconds, 1)}
     return facts | {"every_bit_back": back} | seen
-
-
-@torch.inference_mode()
-def stacked(options: argparse.Namespace) -> None:
-    """Switch between two sets of several LoRAs each, on a GPU if there is one, and say how long the floor is.
-
-    The floor is memory: every patched weight is read from its own values and written once. Its speed is measured by
-    copying one block of the same size as all of them together.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = make_unet(WIDTHS["a tenth" if device == "cpu" else options.width], device)
-    size = sum(module.weight.nbytes for _, module in targets(unet))
-    for rank in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            count = 2 * options.stack
-            paths = [write_lora(Path(folder) / f"{i}.safetensors", unet, rank, torch.bfloat16, i) for i in range(count)]
-            adapters = Adapters({"unet": unet}, Budgets(prepared=2**32))
-            halves = paths[: options.stack], paths[options.stack :]
-            sets = [adapters.resolve([LoraRef(str(path), 0.5) for path in half]) for half in halves]
-            times = [_switch_seconds(adapters, sets[run % 2], device) for run in range(2 * options.runs + 4)]
-            adapters.clear()
-        block = torch.empty(size, dtype=torch.uint8, device=device)
-        other = torch.empty_like(block)
-        copies = []
-        for _ in range(options.runs + 1):
-            start = _now(device)
-            other.copy_(block)
-            copies.append(_now(device) - start)
-        figures: dict[str, Any] = {"device": device, "rank": rank, "loras": options.stack, "weights_mib": size >> 20}
-        figures |= {"first": times[0], "second": times[1], "switch": statistics.median(times[4:])}
-        figures |= {"copy_of_all_weights": min(copies[1:])}
-        print(json.dumps({name: round(v, 5) if isinstance(v, float) else v for name, v in figures.items()}), flush=True)
-
-
-@torch.inference_mode()
-def mixed(options: argparse.Namespace) -> None:
-    """A batch of rows with a LoRA each: unmerged low-rank paths, against a switch for each row every k steps.
-
-    Unmerged pays two thin products a module and step; switching pays the switch, and calls of one row for the batch's.
-    The crossover is the least k from which switching is cheaper.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = make_unet(WIDTHS["a tenth" if device == "cpu" else options.width], device)
-    for rank in options.ranks:
-        step = {rows: _step_seconds(unet, rows, options.side, options.runs, device) for rows in (1, options.rows)}
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [write_lora(Path(folder) / f"{i}.safetensors", unet, rank, torch.bfloat16, i) for i in (0, 1)]
-            adapters = Adapters({"unet": unet})
-            sets = [adapters.resolve([LoraRef(str(path))]) for path in paths]
-            switches = [_switch_seconds(adapters, sets[run % 2], device) for run in range(2 * options.runs + 2)][2:]
-            adapters.clear()
-        hooks = [module.register_forward_hook(_own_path(module, options.rows, rank)) for _, module in targets(unet)]
-        unmerged = _step_seconds(unet, options.rows, options.side, options.runs, device)
-        for hook in hooks:
-            hook.remove()
-        switch = statistics.median(switches)
-        saved = unmerged - options.rows * step[1]  # a step of all rows: what calls of one row each save
-        figures = {
-            "device": device,
-            "rank": rank,
-            "rows": options.rows,
-            "step_of_one_row": step[1],
-            "step_of_all_rows_one_lora": step[options.rows],
-            "step_of_all_rows_unmerged": unmerged,
-            "switch": switch,
-            "switching_wins_from_k": math.ceil(options.rows * switch / saved) if saved > 0 else None,
-        }
-        print(json.dumps({name: round(v, 5) if isinstance(v, float) else v for name, v in figures.items()}))
-
-
-def _own_path(module: nn.Linear, rows: int, rank: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
-    """A hook that adds each row's own low-rank product; a guided row is two of the batch."""
-    like = module.weight
-    down = torch.randn(2 * rows, module.in_features, rank, dtype=like.dtype, device=like.device)
-    up = torch.randn(2 * rows, rank, module.out_features, dtype=like.dtype, device=like.device) * 0.01
-
-    def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return torch.baddbmm(output, torch.bmm(inputs[0], down), up)
-
-    return add
-
-
-def _step_seconds(unet: nn.Module, rows: int, side: int, runs: int, device: str) -> float:
-    """Median of a UNet call for guided rows."""
-    batch, kind = 2 * rows, {"dtype": torch.bfloat16, "device": device}
-    added = {"text_embeds": torch.randn(batch, 1280, **kind), "time_ids": torch.full((batch, 6), 512.0, **kind)}  # type: ignore[call-overload]
-    inputs = (torch.randn(batch, 4, side // 8, side // 8, **kind), torch.full((batch,), 500, device=device))  # type: ignore[call-overload]
-    tokens = torch.randn(batch, 77, 2048, **kind)  # type: ignore[call-overload]
-    times = []
-    for _ in range(runs + 1):
-        start = _now(device)
-        unet(*inputs, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)
-        times.append(_now(device) - start)
-    return statistics.median(times[1:])
-
-
-def _switch_seconds(adapters: Adapters, loras: Any, device: str) -> float:
-    start = _now(device)
-    with adapters.active(loras):
-        return _now(device) - start
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _timed(times: Times, name: str, do: Callable[[], Any]) -> Any:

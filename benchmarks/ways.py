@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from benchmarks.lora_switch import write_lora
+from benchmarks.lora_networks import write_lora
 from impasto.engine.accel import Accel, choose_device, choose_dtype
 from impasto.engine.engine import Engine
 from impasto.models.catalog import find_model

@@ -164,6 +164,7 @@ def generate(
     refine: Annotated[str | None, _setting(GenerateSettings, "refine")] = None,
     high_noise_frac: Annotated[float | None, _setting(GenerateSettings, "high_noise_frac")] = None,
     refine_steps: Annotated[int | None, _setting(GenerateSettings, "refine_steps")] = None,
+    acceleration: Annotated[str | None, _setting(GenerateSettings, "acceleration")] = None,
     weighted: Annotated[bool | None, _setting(GenerateSettings, "weighted", "--weighted/--plain")] = None,
     embedding: Annotated[list[str] | None, _setting(GenerateSettings, "embedding")] = None,
     metadata: Annotated[bool | None, _setting(Settings, "embed_metadata", "--metadata/--no-metadata")] = None,
@@ -223,6 +224,7 @@ def _request(prompt: str, settings: GenerateSettings) -> GenerationRequest:
         refine=settings.refine,  # type: ignore[arg-type]  # the request checks it, in words that name it
         high_noise_frac=settings.high_noise_frac,
         refine_steps=settings.refine_steps,
+        acceleration=settings.acceleration,  # type: ignore[arg-type]  # likewise
         prompt_syntax="weighted" if settings.weighted else "plain",
         embeddings=tuple(_embedding(text) for text in settings.embedding),
     )

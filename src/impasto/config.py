@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, SecretStr, StringConstraints, Vali
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from impasto.errors import ConfigError
-from impasto.types import LIMITS, REFINE_MODES, SCHEDULERS
+from impasto.types import ACCELERATIONS, LIMITS, REFINE_MODES, SCHEDULERS
 
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^\s/*?#@]+)$")]
 CheckerKind = Literal["builtin", "compvis", "hf"]
@@ -344,6 +344,7 @@ class GenerateSettings(_Layered):
         LIMITS.high_noise_frac.default, description="Share of the noise schedule before the refiner takes over."
     )
     refine_steps: int | None = Field(None, description="Steps of the second pass's schedule. Unset: as the base's.")
+    acceleration: str = Field(ACCELERATIONS[0], description=f"Exactness given for speed: {', '.join(ACCELERATIONS)}.")
     weighted: bool = Field(False, description="Read (word:1.2) and BREAK in prompts as weights and a new window.")
     embedding: Annotated[list[str], NoDecode] = Field(
         [], description="TOKEN=PATH of a textual inversion, repeatable; in the environment with commas between."

@@ -17,7 +17,7 @@ from typing import Final
 
 from PIL import Image
 
-from impasto.types import GenerationRequest
+from impasto.types import ACCELERATIONS, GenerationRequest
 
 KEYWORD: Final = "parameters"
 MAX_PROMPT_CHARS: Final = 10_000  # of each prompt; longer ones are cut, and the cut is shown
@@ -90,6 +90,7 @@ def _settings(
         **({"Model hash": model.sha256[:10]} if model.sha256 else {}),
         "Model": model.name,
         **({"Denoising strength": f"{request.strength:g}"} if request.image is not None else {}),
+        **({"Acceleration": request.acceleration} if request.acceleration != ACCELERATIONS[0] else {}),
         **({"Frames": request.animation.frames, "FPS": request.animation.fps} if request.animation else {}),
         **({"Hashes": json.dumps(hashes)} if hashes else {}),
     }

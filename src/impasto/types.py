@@ -45,6 +45,8 @@ Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 REFINE_MODES: Final[tuple[Refine, ...]] = ("no_refiner", "expert_ensemble_refiner", "base_image_refiner")
 PromptSyntax = Literal["plain", "weighted"]
 PROMPT_SYNTAXES: Final[tuple[PromptSyntax, ...]] = ("plain", "weighted")
+Acceleration = Literal["exact", "balanced", "fast"]  # what the approximate ones leave out is in engine/pace.py
+ACCELERATIONS: Final[tuple[Acceleration, ...]] = ("exact", "balanced", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +159,12 @@ class GenerationRequest:
             more over the finished latents, or nothing.
         high_noise_frac: Share of the noise schedule that is the base model's in an ensemble of experts.
         refine_steps: Steps of the second pass's schedule; ``None``: as many as the base's.
+        acceleration: How much may be left out for speed; anything but ``exact`` is approximate. What it stands for is
+            in ``engine.pace``; of the three that follow, one that is given wins over it, and ``None`` leaves it.
         guidance_start: Share of the steps before guidance sets in; guidance ends after the share ``guidance_end``.
+        reuse_features: Steps that share the UNet's deep features; 1 is exact, more is faster and approximate.
         prompt_syntax: ``weighted`` reads ``(word:1.2)`` and ``BREAK``; ``plain`` takes them for text.
         embeddings: Textual-inversion files whose words the prompts may use.
-        reuse_features: Steps that share the UNet's deep features; 1 is exact, more is faster and approximate.
         animation: Make one video that begins with ``image``, not pictures (experimental).
 
     Raises:
@@ -186,24 +190,26 @@ class GenerationRequest:
     refine_steps: int | None = None
     aesthetic_score: float = LIMITS.aesthetic_score.default
     negative_aesthetic_score: float = LIMITS.negative_aesthetic_score.default
-    guidance_start: float = LIMITS.guidance_start.default
-    guidance_end: float = LIMITS.guidance_end.default
+    acceleration: Acceleration = ACCELERATIONS[0]
+    guidance_start: float | None = None
+    guidance_end: float | None = None
+    reuse_features: int | None = None
     prompt_syntax: PromptSyntax = PROMPT_SYNTAXES[0]
     embeddings: tuple[EmbeddingRef, ...] = ()
-    reuse_features: int = int(LIMITS.reuse_features.default)
     animation: Animation | None = None
 
     def __post_init__(self) -> None:
         self._check_prompts()
         for name in _WHOLE:
-            if type(getattr(self, name)) is not int:  # True is an int too
+            if type(getattr(self, name)) is not int and not self._left(name):  # True is an int too
                 raise InvalidInput(name, f"must be a whole number, got {str(getattr(self, name))[:40]}")
         for side in ("width", "height"):
             check_side(side, getattr(self, side), LIMITS.engine_side)
         LIMITS.engine_guidance_scale.check("guidance_scale", self.guidance_scale)
         for name in _BOUNDED:
             bounds: Bounds = getattr(LIMITS, name)
-            bounds.check(name, getattr(self, name))
+            if not self._left(name):
+                bounds.check(name, getattr(self, name))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidInput(name, f"must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -216,12 +222,9 @@ class GenerationRequest:
             if len(getattr(self, name)) > most:
                 raise InvalidInput(name, f"takes at most {most} items, got {len(getattr(self, name))}")
 
-    def guides(self, share: float) -> bool:
-        """Whether guidance is on when this share of the calls is done: it may be limited to an interval.
-
-        Source of the interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
-        """
-        return self.guidance_start <= share < self.guidance_end
+    def _left(self, name: str) -> bool:
+        """Whether a field that may be is left to the acceleration."""
+        return name in _PACED and getattr(self, name) is None
 
     def _check_prompts(self) -> None:
         check_prompt("prompt", self.prompt)
@@ -232,9 +235,11 @@ class GenerationRequest:
 
     def _check_animation(self) -> None:
         """Refuse what a video cannot have."""
-        for name in ("mask_image", "num_images", "refine", "reuse_features") if self.animation else ():
+        for name in ("mask_image", "num_images", "refine", "acceleration") if self.animation else ():
             if getattr(self, name) != _DEFAULTS[name]:
                 raise InvalidInput(name, "is not for videos; leave it out")
+        if self.animation and self.reuse_features not in (None, 1):
+            raise InvalidInput("reuse_features", "is not for videos; leave it out")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, without the pictures, which travel as files; ``from_json`` is the inverse."""
@@ -254,7 +259,13 @@ class GenerationRequest:
 
 _PICTURES: Final = ("image", "mask_image")
 _DEFAULTS: Final[Mapping[str, Any]] = {f.name: f.default for f in fields(GenerationRequest)}
-_CHOICES: Final = {"scheduler": SCHEDULERS, "refine": REFINE_MODES, "prompt_syntax": PROMPT_SYNTAXES}
+_PACED: Final = ("guidance_start", "guidance_end", "reuse_features")
+_CHOICES: Final = {
+    "scheduler": SCHEDULERS,
+    "refine": REFINE_MODES,
+    "prompt_syntax": PROMPT_SYNTAXES,
+    "acceleration": ACCELERATIONS,
+}
 _WHOLE: Final = ("width", "height", "num_inference_steps", "num_images", "seed", "reuse_features")
 _BOUNDED: Final = (
     "num_inference_steps", "num_images", "seed", "guidance_rescale", "strength", "high_noise_frac",

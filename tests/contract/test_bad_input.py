@@ -64,6 +64,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"high_noise_frac": 1.1}, "/high_noise_frac", "must be between 0 and 1, got 1.1"),
     ({"refine_steps": 0}, "/refine_steps", "must be between 1 and 50, got 0"),
     ({"refine_steps": 51}, "/refine_steps", "must be between 1 and 50, got 51"),
+    ({"acceleration": "turbo"}, "/acceleration", 'must be one of exact, balanced, fast, got "turbo"'),
+    ({"acceleration": 2}, "/acceleration", "must be a string, got 2"),
     ({"prompt": "x" * 20_001}, "/prompt", "has 20001 characters; at most 20000 are taken"),
     ({"num_inference_steps": 10**400}, "/num_inference_steps", "must be between 1 and 50, got 1000"),
     ({"guidance_scale": -(10**400)}, "/guidance_scale", "must be between 0 and 10, got -1000"),

@@ -134,6 +134,7 @@ def test_our_own_fields_travel_in_the_extra_body(client: openai.OpenAI, stack: S
         "num_inference_steps": 7,
         "guidance_scale": 3.5,
         "scheduler": "K_EULER",
+        "acceleration": "balanced",
     }
     with in_background(lambda: client.images.generate(model="sdxl:ink@0.8", prompt="x", size="auto", extra_body=extra)):
         job = waiting_job(stack)
@@ -142,6 +143,7 @@ def test_our_own_fields_travel_in_the_extra_body(client: openai.OpenAI, stack: S
     assert [(lora["path"], lora["scale"]) for lora in asked["loras"]] == [("ink", 0.8), ("pixel.safetensors", 0.5)]
     names = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "width", "height")
     assert [asked[name] for name in names] == ["blurry", 42, 7, 3.5, "euler", 1024, 1024]
+    assert asked["acceleration"] == "balanced"
     assert job.model == "wavespeed-ai/sdxl-lora"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from impasto.api.fields import SCALE
 from impasto.api.models import MODELS, STABILITY, WAVESPEED, Ranges
-from impasto.types import LIMITS, OUTPUT_FORMATS, REFINE_MODES, Bounds
+from impasto.types import ACCELERATIONS, LIMITS, OUTPUT_FORMATS, REFINE_MODES, Bounds
 
 from .conftest import MODEL, Stack, refusal, submit
 
@@ -69,6 +69,7 @@ def test_ranges_in_the_schema_are_the_limits(openapi: dict[str, Any], vendor: st
     assert fields["prompt"]["maxLength"] == LIMITS.max_prompt_chars
     assert fields["output_format"]["enum"] == list(OUTPUT_FORMATS)
     assert fields["refine"]["enum"] == list(REFINE_MODES)
+    assert fields["acceleration"]["enum"] == list(ACCELERATIONS)
 
 
 def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:
@@ -91,6 +92,7 @@ def test_defaults_of_the_documented_model(openapi: dict[str, Any]) -> None:
         "scheduler": "euler",
         "refine": "no_refiner",
         "high_noise_frac": 0.8,
+        "acceleration": "exact",
         "lora_scale": 1,
         "enable_metadata": True,
         "apply_watermark": False,

@@ -212,12 +212,22 @@ def test_the_ends_of_every_range_are_taken(
         {"scheduler": "DPMSolverMultistep"},
         {"scheduler": "KarrasDPM"},
         {"refine": "no_refiner", "high_noise_frac": 0.8, "refine_steps": 1},
+        {"acceleration": "exact"},
+        {"acceleration": "FAST"},
         {"output_format": "jpg"},
     ],
 )
 def test_other_accepted_values(http: httpx.Client, body: dict[str, Any]) -> None:
     """Controls for the refusals: the nearest values that are right."""
     submit(http, **body)
+
+
+def test_the_acceleration_reaches_the_job(stack: Stack, http: httpx.Client) -> None:
+    """What is asked for, or exact; the three values that it stands for are left to it."""
+    asked = [job_request(stack, submit(http, **body)) for body in ({}, {"acceleration": "balanced"})]
+    assert [request.acceleration for request in asked] == ["exact", "balanced"]
+    left = {(request.reuse_features, request.guidance_start, request.guidance_end) for request in asked}
+    assert left == {(None, None, None)}
 
 
 def test_a_drawn_seed_is_told_and_kept(stack: Stack, http: httpx.Client) -> None:

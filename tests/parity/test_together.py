@@ -14,7 +14,7 @@ MAX_DIFFERENCE = 1  # of 255, float32 on the CPU
 HALF_DIFFERENCE = {"bfloat16": 24, "float16": 6}  # of 255: the network's own rounding, as batches round differently
 
 TWENTY = [  # mode and what is special
-    ("text-to-image", {"num_inference_steps": 30, "scheduler": "dpmpp_2m_karras"}),
+    ("text-to-image", {"num_inference_steps": 30, "scheduler": "dpmpp_2m_karras", "acceleration": "fast"}),
     ("text-to-image", {"num_inference_steps": 1}),
     ("text-to-image", {"guidance_scale": 0, "scheduler": "euler_a"}),
     ("text-to-image", {"guidance_scale": 1, "scheduler": "lcm", "num_inference_steps": 4}),

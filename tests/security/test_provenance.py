@@ -83,7 +83,13 @@ def test_other_tools_read_it_back(kind, prompt):
     assert (values["CFG scale"], values["Seed"], values["Size"]) == ("6.5", "77", "512x640")
     assert (values["Model"], values["Model hash"]) == ("sdxl", "cd" * 5)
     assert json.loads(values["Hashes"]) == {"lora:ink": "ab" * 5, "model": "cd" * 5}
-    assert "Denoising strength" not in values
+    assert "Denoising strength" not in values and "Acceleration" not in values
+
+
+def test_an_approximate_picture_says_so():
+    """What was left out for speed changes the picture, so it is told; exact is not."""
+    text = parameters_text(GenerationRequest("x", acceleration="fast"), 1, Ingredient("m"), (), "1")
+    assert parsed(text)["Acceleration"] == "fast"
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

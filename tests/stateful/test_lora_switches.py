@@ -32,6 +32,7 @@ from impasto.types import LoraRef
 NETWORKS = ("unet", "refiner", "text_encoder")
 FILES = 6
 BUDGETS = [Budgets(), Budgets(0, 0, 0), Budgets(30_000, 20_000, 500)]  # all, nothing, and a few files and sets
+GROUPED = Budgets(group=2 * 12 * 8 * 4, group_on=frozenset({"cpu"}))  # two weights at a time, as on a GPU
 picks = st.lists(st.tuples(st.integers(0, FILES - 1), st.sampled_from([-1.0, 0.0, 0.3, 1.0, 4.0])), max_size=5)
 parts = st.lists(st.sampled_from(NETWORKS), max_size=3, unique=True)
 
@@ -82,6 +83,8 @@ def make_network(seed: int) -> nn.Module:
             "c": nn.Conv2d(3, 5, 3),
             "n": nn.LayerNorm(8),
             "d": nn.Linear(12, 8),
+            "e": nn.Linear(12, 8),
+            "f": nn.Linear(12, 8),
         }
     )
     network["d"].weight = network["a"].weight  # shared
@@ -151,7 +154,7 @@ class Switches(RuleBasedStateMachine):
         """The network's bits from a model that was never patched before."""
         network = copy.deepcopy(self.networks[name])
         network.load_state_dict(self.own[name])
-        fresh = Adapters({name: network}, read=self.files.read)
+        fresh = Adapters({name: network}, self.budgets, self.files.read)
         with fresh.active(fresh.resolve(self.refs(self.believed[name]))):
             return snapshot(network)
 
@@ -207,6 +210,12 @@ class SwitchesInLittleMemory(Switches):
     budgets = BUDGETS[2]
 
 
+class SwitchesInGroups(Switches):
+    """Weights of one shape are written together."""
+
+    budgets = GROUPED
+
+
 few = settings(max_examples=40, stateful_step_count=20, deadline=None)
 TestSwitches = Switches.TestCase
 TestSwitches.settings = few
@@ -214,9 +223,11 @@ TestSwitchesWithoutMemory = SwitchesWithoutMemory.TestCase
 TestSwitchesWithoutMemory.settings = few
 TestSwitchesInLittleMemory = SwitchesInLittleMemory.TestCase
 TestSwitchesInLittleMemory.settings = few
+TestSwitchesInGroups = SwitchesInGroups.TestCase
+TestSwitchesInGroups.settings = few
 
 
-@pytest.mark.parametrize("budgets", BUDGETS, ids=["default", "none", "small"])
+@pytest.mark.parametrize("budgets", [*BUDGETS, GROUPED], ids=["default", "none", "small", "grouped"])
 def test_after_a_thousand_random_switches_every_bit_is_back_and_no_memory_is_lost(tmp_path, budgets):
     """Any files, strengths and stacks, with a failure now and then; memory after 1,000 is that after the first 10s."""
     fuse = Fuse()

@@ -209,7 +209,8 @@ def test_without_a_start_picture_or_with_more_frames_than_the_adapter_tells_apar
 @pytest.mark.parametrize(
     ("fields", "name"),
     [({"num_images": 2}, "num_images"), ({"mask_image": start_picture().convert("L")}, "mask_image"),
-     ({"refine": "base_image_refiner"}, "refine"), ({"reuse_features": 2}, "reuse_features")],
+     ({"refine": "base_image_refiner"}, "refine"), ({"reuse_features": 2}, "reuse_features"),
+     ({"acceleration": "fast"}, "acceleration")],
 )  # fmt: skip
 def test_what_a_video_cannot_have_is_refused_by_name(fields: dict[str, Any], name: str) -> None:
     """One video, no mask, no refiner, no shared features; a picture may have them."""

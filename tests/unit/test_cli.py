@@ -144,6 +144,7 @@ def test_a_wrong_option_of_a_key_is_named(tmp_path, arguments, phrase):
         (("generate", "a fox", "--refine", "base_image_refiner"), 2, "needs a refiner; give --refiner MODEL as well"),
         (("generate", "a fox", "--refine", "magic"), 2, "refine must be one of no_refiner, expert_ensemble_refiner"),
         (("generate", "a fox", "--high-noise-frac", "2"), 2, "high_noise_frac must be between 0 and 1"),
+        (("generate", "a fox", "--acceleration", "turbo"), 2, "acceleration must be one of exact, balanced, fast"),
         (("generate", "a fox", "--refine-steps", "99"), 2, "refine_steps must be between 1 and 50"),
         (("generate", "a fox", "--embedding", "sketch"), 2, "--embedding must be TOKEN=PATH"),
         (("generate", "a fox", "--embedding", "a b=c"), 2, "give one word without spaces"),
@@ -224,6 +225,7 @@ def test_every_option_of_the_modes_reaches_the_engine(stub, tmp_path):
     run_generate(
         "--image", "fox.jpg", "--mask", "mask.png", "--strength", 0.4, "--refine", "base_image_refiner",
         "--refiner", "some-refiner", "--high-noise-frac", 0.7, "--refine-steps", 9, "--weighted",
+        "--acceleration", "fast",
         "--embedding", "sketch=a.safetensors", "--embedding", "ink=b=c.safetensors",
         "--accel", "channels_last,offload=encoders",
     )  # fmt: skip
@@ -232,7 +234,7 @@ def test_every_option_of_the_modes_reaches_the_engine(stub, tmp_path):
     assert (request.mask_image.mode, request.mask_image.getpixel((9, 9))) == ("L", 76)
     assert (request.strength, request.refine) == (0.4, "base_image_refiner")
     assert (request.high_noise_frac, request.refine_steps) == (0.7, 9)
-    assert request.prompt_syntax == "weighted"
+    assert (request.prompt_syntax, request.acceleration) == ("weighted", "fast")
     assert request.embeddings == (EmbeddingRef("sketch", "a.safetensors"), EmbeddingRef("ink", "b=c.safetensors"))
     assert stub.loaded["refiner"] == "some-refiner"
     assert stub.loaded["accel"] == Accel(channels_last=True, offload="encoders")

@@ -35,10 +35,11 @@ PIXEL_ART = "pixel-art"
 def test_the_fields_are_a_request():
     """Each field is where it belongs, and LoRAs keep both of their strengths."""
     loras = [LoraRef("/a", 0.5, 0.25)]
-    request = read_request({**FIELDS, "negative_prompt": "cat", "scheduler": "ddim"}, loras)
+    request = read_request({**FIELDS, "negative_prompt": "cat", "scheduler": "ddim", "acceleration": "fast"}, loras)
     assert request == GenerationRequest(
         prompt="a red fox on a blue background", negative_prompt="cat", width=SIDE, height=SIDE,
         num_inference_steps=STEPS, seed=7, scheduler="ddim", strength=0.6, loras=tuple(loras),
+        acceleration="fast",
     )  # fmt: skip
 
 
@@ -333,7 +334,7 @@ def test_the_schema_is_the_servers(node):
     info = node.GET_NODE_INFO_V1()
     shared = [field.id for field in shared_inputs()]
     required, optional = info["input"]["required"], info["input"]["optional"]
-    assert [*required, *optional] == ["checkpoint", "refiner", *shared]
+    assert [*required, *optional] == ["checkpoint", "refiner", *shared, "acceleration"]
     assert required["width"][1] | {"min": LIMITS.side.low, "max": LIMITS.side.high, "step": 8} == required["width"][1]
     assert required["seed"][1]["control_after_generate"] is True
     assert {"builtin", "small.safetensors"} <= set(required["checkpoint"][1]["options"])

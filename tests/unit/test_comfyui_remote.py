@@ -63,7 +63,7 @@ def test_fields_become_the_apis_and_are_taken(stack):
     assert body == {
         "prompt": "a red fox", "size": "512*520", "num_inference_steps": 6, "guidance_scale": 5.0, "num_images": 2,
         "seed": 7, "scheduler": "ddim", "strength": 0.6, "refine": "no_refiner", "enable_safety_checker": False,
-        "output_format": "png", "loras": [{"path": "pixel-art", "scale": 0.5}],
+        "acceleration": "exact", "output_format": "png", "loras": [{"path": "pixel-art", "scale": 0.5}],
     }  # fmt: skip
     with Client(stack.url, stack.key) as client:
         client.submit(MODEL, body_of(read_request(values, ()), check=True))
@@ -85,6 +85,12 @@ def test_what_comfyui_does_not_check_is_checked(field, value, words):
     assert problem and problem.startswith(field) and words in problem
     assert fields_problem() is None
     assert fields_problem(512, 1536, "K_EULER", "no_refiner") is None
+
+
+def test_the_acceleration_is_sent():
+    """As it was chosen; workflows of before it was there mean exact."""
+    assert body_of(read_request({**FIELDS, "acceleration": "fast"}, ()), check=True)["acceleration"] == "fast"
+    assert body_of(read_request(FIELDS, ()), check=True)["acceleration"] == "exact"
 
 
 def test_an_empty_negative_prompt_is_not_sent():

@@ -226,6 +226,7 @@ GENERATE_EXAMPLES = {
     "refine": ("base_image_refiner", "base_image_refiner"),
     "high_noise_frac": ("0.7", 0.7),
     "refine_steps": ("12", 12),
+    "acceleration": ("fast", "fast"),
     "weighted": ("true", True),
     "embedding": ("sketch=a.safetensors", ["sketch=a.safetensors"]),
     **{name: EXAMPLES[name] for name in ("model", "device", "dtype", "max_batch", "refiner", "accel")},

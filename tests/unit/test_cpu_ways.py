@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,8 +16,10 @@ from impasto.engine import accel as switchboard
 from impasto.engine.accel import Accel, accelerate, accelerate_vae, compile_whole, suited
 from impasto.lora.apply import Adapters
 from impasto.models import blocked
-from impasto.models.blocked import BLOCK, attend, in_blocks, suits
+from impasto.models.blocked import MANY_KEYS, SCORES, attend, by_rows, in_blocks, suits
 from impasto.models.fused import FusedAttention
+from impasto.models.gated import PackedGeglu, pack_gates
+from impasto.models.innermost import InnermostTransformer
 from impasto.models.packed import Pack, PackedLinear, can_pack, pack_linears
 from impasto.types import LoraRef
 from tests.random_sdxl import save_random_sdxl
@@ -84,36 +88,38 @@ def heads(rows, count, length, keys, width, dtype, seed=0):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, HALF_ROUNDING)])
-@pytest.mark.parametrize("lengths", [(1024, 1024), (BLOCK + 1, 600), (3, 513), (1, 1)])
-def test_blocks_attend_as_torch_does(dtype, most, lengths):
-    """Whole blocks, a remainder of one, and fewer queries than a block, against float64."""
+@pytest.mark.parametrize("lengths", [(1024, 1024), (SCORES // 600 + 1, 600), (3, 513), (256, 77), (1, 1)])
+@pytest.mark.parametrize("way", [in_blocks, by_rows])
+def test_plain_products_attend_as_torch_does(way, dtype, most, lengths):
+    """Whole blocks, a remainder of one, fewer queries than a block, and a prompt's keys, against float64."""
     query, key, value = heads(2, 3, *lengths, 32, dtype)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert relative(in_blocks(query, key, value), exact) <= most
+    assert relative(way(query, key, value), exact) <= most
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch():
-    """Each head of each row is computed by itself."""
-    query, key, value = heads(4, 2, 700, 700, 32, torch.bfloat16)
+@pytest.mark.parametrize("keys", [MANY_KEYS, 256, 77])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(keys):
+    """Each row is computed by itself."""
+    query, key, value = heads(4, 2, 700, keys, 32, torch.bfloat16)
     together = attend(query, key, value)
     for row in range(4):
         assert torch.equal(attend(query[row : row + 1], key[row : row + 1], value[row : row + 1])[0], together[row])
 
 
-def test_blocks_are_for_half_precision_and_many_keys():
-    """Elsewhere torch's own way is as fast or faster."""
-    query, key, _ = heads(1, 1, 8, 512, 32, torch.bfloat16)
-    assert suits(query, key)
-    assert not suits(query, key[:, :, :77])
-    assert not suits(query.float(), key.float())
+def test_plain_products_are_for_half_precision():
+    """In float32 torch's own way is as fast or faster, and is what is used."""
+    query, key, value = heads(1, 1, 8, MANY_KEYS, 32, torch.float32)
+    assert suits(query.bfloat16())
+    assert not suits(query)
+    assert torch.equal(attend(query, key, value), F.scaled_dot_product_attention(query, key, value))
 
 
 def test_attention_in_blocks_is_what_an_accelerated_unet_uses(folder, monkeypatch):
-    """With few keys counted as many, every self-attention goes through blocks, and the answer is the plain one's."""
+    """With few keys counted as many, every attention goes through blocks, and the answer is the plain one's."""
     plain = answer(load(folder, torch.bfloat16), dtype=torch.bfloat16)
     unet = accelerated(folder, "blocked_attention", torch.bfloat16)
     calls = []
-    monkeypatch.setattr(blocked, "LEAST_KEYS", 8)
+    monkeypatch.setattr(blocked, "MANY_KEYS", 8)
     monkeypatch.setattr(blocked, "in_blocks", lambda *args: calls.append(1) or in_blocks(*args))
     given = answer(unet, dtype=torch.bfloat16)
 
@@ -136,6 +142,24 @@ def test_a_packed_layer_gives_the_plain_layers_answer(dtype, shape):
         given = torch.randn(shape).to(dtype)
         assert relative(network(given), plain(given)) <= (1e-6 if dtype == torch.float32 else HALF_ROUNDING)
         assert network[0].pack.packings == 1
+
+
+@needs_packing
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, HALF_ROUNDING)])
+def test_a_packed_gate_is_the_gated_layer_and_not_farther_from_exact(dtype, most):
+    """GELU and product happen before rounding; an edit of either half is seen, and of the bias, too."""
+    torch.manual_seed(0)
+    network = nn.Sequential(GEGLU(24, 40)).requires_grad_(False).to(dtype)
+    plain = copy.deepcopy(network)
+    assert pack_gates(network) == 1
+    given = torch.randn(2, 7, 24).to(dtype)
+    for edited, factor in ((slice(0), 1), (slice(40), 2), (slice(40, 80), -3)):
+        for layer in (network[0].proj, plain[0].proj):
+            layer.weight[edited] *= factor
+            layer.bias[edited] += factor
+        exact = copy.deepcopy(plain).double()(given.double())
+        assert relative(network(given), exact) <= most
+        assert relative(network(given), exact) <= max(1e-5, relative(plain(given), exact))
 
 
 @needs_packing
@@ -227,14 +251,30 @@ def test_the_vae_gives_the_same_picture_with_channels_last(folder, dtype, most):
     assert fast.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_stay_innermost_all_the_way_through(folder, dtype):
+    """Every transformer gives its picture as it got it, without a copy, and the answer is the plain one's."""
+    unet = accelerated(folder, "channels_last", dtype)
+    orders = []
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            assert type(module) is InnermostTransformer
+            module.register_forward_hook(
+                lambda _, __, made: orders.append(made[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    given = answer(unet, dtype=dtype)
+    assert orders and all(orders)
+    assert relative(given, answer(load(folder, dtype), dtype=dtype)) <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
 def test_auto_is_what_was_measured_to_pay_on_a_device():
     """Nothing that has to warm up, and blocks in half precision alone."""
     full, half, gpu = (
         suited(Accel(auto=True), torch.device(device), dtype)
         for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16))
     )
-    assert full.vae_channels_last and full.keep_prompts and not full.blocked_attention and not full.channels_last
-    assert half.blocked_attention
+    assert full.vae_channels_last and full.keep_prompts and full.channels_last and not full.blocked_attention
+    assert half.blocked_attention and half.spread_rows and full.spread_rows and not gpu.spread_rows
     assert gpu.fuse_projections and gpu.channels_last and not gpu.prepack
     for accel in (full, half, gpu):
         assert not accel.compile and not accel.cuda_graphs and not accel.static_shapes
@@ -246,7 +286,7 @@ def test_without_room_weights_are_not_packed_and_the_log_says_so(folder, monkeyp
     with caplog.at_level(logging.WARNING):
         unet = accelerated(folder, "prepack")
     assert "prepack is off" in caplog.text
-    assert not any(isinstance(module, PackedLinear) for module in unet.modules())
+    assert not any(isinstance(module, PackedLinear | PackedGeglu) for module in unet.modules())
     assert relative(answer(unet), answer(load(folder))) <= 1e-5
 
 

@@ -16,6 +16,7 @@ from impasto.engine.batch import InFlight
 from impasto.engine.conditioning import Conditioning
 from impasto.engine.latents import noise, noise_like
 from impasto.engine.legs import Leg
+from impasto.engine.pace import pace_of
 from impasto.engine.samplers import Sampler
 from impasto.engine.samplers.moment import Memory, Moment
 
@@ -88,7 +89,7 @@ class Clip:
     def guided(self) -> bool:
         """Whether the next call needs the negative half."""
         share = self.call / len(self.leg.trajectory)
-        return self.conditioning.negative is not None and self.flight.request.guides(share)
+        return self.conditioning.negative is not None and pace_of(self.flight.request).guides(share)
 
     def advance(self, denoised: Tensor) -> None:
         """Move all frames on, given the estimate of the clean latents; the first frame is held to the start picture.

@@ -45,6 +45,10 @@ class TakingTurns:
         """Return what the engine holds and has done."""
         return self._engine.usage()
 
+    def preload(self, request: GenerationRequest, stop: Callable[[], bool] = lambda: False) -> None:
+        """Make a request's LoRAs ready, of pictures and videos alike: they share the networks."""
+        self._engine.preload(request, stop)
+
     def submit(self, request: GenerationRequest, request_id: str | None = None, *, preview_every: int = 0) -> str:
         """Take a request in."""
         if request.animation is None:

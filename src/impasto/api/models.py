@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from impasto.api.fields import Choice, Field, Flag, Integer, Loras, Number, Picture, Schema, Size, Text
 from impasto.types import (
+    ACCELERATIONS,
     LIMITS,
     OUTPUT_FORMATS,
     REFINE_MODES,
@@ -170,6 +171,12 @@ def _extras(ranges: Ranges) -> Iterable[Field]:
             "not given: as the base's.",
             ranges.num_inference_steps,
             optional=True,
+        ),
+        Choice(
+            "acceleration",
+            "Exactness given for speed: `balanced` takes about half the time, `fast` two fifths; pictures differ.",
+            ACCELERATIONS[0],
+            ACCELERATIONS,
         ),
         Number("lora_scale", "Scale of the LoRAs that name none of their own.", LIMITS.lora_scale),
         Flag(

@@ -37,6 +37,7 @@ PLAIN_FIELDS: Final = (
     "refine",
     "high_noise_frac",
     "refine_steps",
+    "acceleration",
 )
 
 

@@ -20,7 +20,7 @@ from impasto.comfyui.folders import NONE, called, checkpoint_file, fingerprint, 
 from impasto.comfyui.reporting import report_text
 from impasto.comfyui.request import read_request
 from impasto.comfyui.resident import Resident, Wanted
-from impasto.comfyui.schema import CATEGORY, shared_inputs, shared_outputs
+from impasto.comfyui.schema import CATEGORY, acceleration_input, shared_inputs, shared_outputs
 from impasto.comfyui.stack import StackedLora, read_stack
 from impasto.comfyui.tensors import image_batch
 from impasto.engine.engine import Engine
@@ -61,6 +61,7 @@ class LocalSdxlLora(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types
                     "refiner", options=[NONE, *checkpoints], default=NONE, tooltip="For the refine modes; else unused."
                 ),
                 *shared_inputs(),
+                acceleration_input(),
             ],
             outputs=shared_outputs(),
         )

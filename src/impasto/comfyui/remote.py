@@ -21,7 +21,7 @@ from server import PromptServer  # type: ignore[import-not-found]
 from impasto.client import Client
 from impasto.comfyui.checks import fields_problem
 from impasto.comfyui.request import read_request
-from impasto.comfyui.schema import CATEGORY, shared_inputs, shared_outputs
+from impasto.comfyui.schema import CATEGORY, acceleration_input, shared_inputs, shared_outputs
 from impasto.comfyui.sending import Sender, body_of, remote_report
 from impasto.comfyui.settings import find_connection, read_user_settings
 from impasto.comfyui.stack import read_stack
@@ -56,7 +56,7 @@ class ServerSdxlLora(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no type
             category=CATEGORY,
             description="SDXL with LoRAs on an Impasto server: from text, from a picture, or within a mask.",
             hidden=[io.Hidden.unique_id],
-            inputs=[*shared_inputs(), send],
+            inputs=[*shared_inputs(), send, acceleration_input()],
             outputs=shared_outputs(),
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from impasto.comfyui.tensors import mask_picture, one_picture
-from impasto.types import GenerationRequest, LoraRef
+from impasto.types import ACCELERATIONS, GenerationRequest, LoraRef
 
 
 def read_request(values: Mapping[str, Any], loras: Sequence[LoraRef]) -> GenerationRequest:
@@ -27,6 +27,7 @@ def read_request(values: Mapping[str, Any], loras: Sequence[LoraRef]) -> Generat
         prompt=values["prompt"],
         negative_prompt=values["negative_prompt"] or None,
         refine=values["refine"],
+        acceleration=values.get("acceleration", ACCELERATIONS[0]),  # workflows of before have none
         image=start,
         mask_image=None if mask is None else mask_picture("mask", mask),
         loras=tuple(loras),

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from comfy_api.latest import io  # type: ignore[import-not-found]
 
-from impasto.types import LIMITS, REFINE_MODES, SCHEDULERS, Bounds
+from impasto.types import ACCELERATIONS, LIMITS, REFINE_MODES, SCHEDULERS, Bounds
 
 CATEGORY: Final = "Impasto"
 LoraStack = io.Custom("LORA_STACK")  # as other packs have it: a list of (name, model strength, CLIP strength)
@@ -49,6 +49,17 @@ def shared_inputs() -> list[Any]:
         ),
         LoraStack.Input("lora_stack", optional=True, tooltip=f"Up to {LIMITS.max_loras} LoRAs, applied in order."),
     ]
+
+
+def acceleration_input() -> Any:
+    """Return the last input of both nodes: optional, and behind the others, so that older workflows stay right."""
+    return io.Combo.Input(
+        "acceleration",
+        options=list(ACCELERATIONS),
+        default=ACCELERATIONS[0],
+        optional=True,
+        tooltip="Exactness given for speed: balanced takes about half the time, fast two fifths.",
+    )
 
 
 def shared_outputs() -> list[Any]:

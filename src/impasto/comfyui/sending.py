@@ -14,13 +14,16 @@ from impasto.client import Client
 from impasto.images import encode_png
 from impasto.types import GenerationRequest
 
+_SAME: Final = (
+    "prompt", "num_inference_steps", "guidance_scale", "num_images", "seed", "scheduler", "refine", "strength",
+    "acceleration",
+)  # fmt: skip
 _SENT: Final[dict[tuple[str, str, int, int], str]] = {}  # owner, file, time and size -> where it is there
 
 
 def body_of(request: GenerationRequest, check: bool) -> dict[str, Any]:
     """Return a request as the API takes it; pictures travel inside it, so none is left on the server."""
-    same = ("prompt", "num_inference_steps", "guidance_scale", "num_images", "seed", "scheduler", "refine", "strength")
-    body: dict[str, Any] = {name: getattr(request, name) for name in same}
+    body: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
     body |= {
         "size": f"{request.width}*{request.height}",
         "loras": [{"path": lora.path, "scale": lora.scale} for lora in request.loras],

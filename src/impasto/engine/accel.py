@@ -13,11 +13,16 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from impasto.engine.graphs import Graphed
-from impasto.engine.memory import free_memory
+from impasto.engine.memory import MemoryGauge, free_memory
 from impasto.errors import ConfigError
+from impasto.models.fp8 import can_multiply, listen, to_fp8
 from impasto.models.fused import attend_in_blocks, fuse_projections, keep_prompts, pack_projections
+from impasto.models.gated import pack_gates
+from impasto.models.innermost import stay_innermost
 from impasto.models.packed import can_pack, pack_linears
 from impasto.models.residence import Offload
+from impasto.models.spread import Spread
+from impasto.models.tiling import fits
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +61,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 Tiling = Literal["auto", "on", "off"]
 BACKEND: Final = "inductor"  # torch's compiler
 COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
-ROOM: Final = 3  # times the weights must be free before they are packed
+ROOM: Final = 2  # times the packed weights must be free before they are made: as much is left for all else
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
 
 @dataclass(frozen=True, slots=True)
 class Accel:
-    """Switches that change speed and memory and never the picture, but for rounding. The default is the plain way.
+    """Switches that change speed and memory; all but ``fp8`` keep the picture, but for rounding. The default: plain.
 
     Attributes:
         compile: Compile the UNet's transformer blocks; the first call of a kind takes a minute or so.
@@ -75,7 +80,10 @@ class Accel:
         keep_prompts: On a CPU, keep what cross-attention makes of prompts between steps; implies fuse_projections.
         prepack: On a CPU, keep linear weights packed as well, as the matrix product reads them; implies
             fuse_projections.
-        auto: Whichever of these were measured to be faster on this kind of device.
+        spread_rows: On a CPU, divide the rows of a call among the threads, in place of each operation.
+        fp8: Multiply in the UNet's large linear layers in 8 bits, with low-rank LoRAs in full beside: an approximation.
+            Not with fuse_projections, nor with what implies it.
+        auto: Whichever of these were measured to be faster on this kind of device; never fp8.
         offload: Keep the text encoders, or every network, on the CPU while not in use.
         vae_tiling: Decode in tiles: always, never, or when a whole picture would not fit.
 
@@ -92,6 +100,8 @@ class Accel:
     blocked_attention: bool = False
     keep_prompts: bool = False
     prepack: bool = False
+    spread_rows: bool = False
+    fp8: bool = False
     auto: bool = False
     offload: Offload = "none"
     vae_tiling: Tiling = "auto"
@@ -128,6 +138,7 @@ def accelerate_model(model: Any, accel: Accel) -> None:
     """Set all UNets and the VAE of an ``Sdxl`` up as ``accel`` says, in place, after they were loaded."""
     for denoiser in filter(None, (model.base, model.refiner)):
         accelerate(denoiser.unet, accel, model.devices.unet)
+        denoiser.spread = spread_rows(accel, denoiser.device, denoiser.dtype)
     accelerate_vae(model.vae.network, accel, model.devices.vae)
 
 
@@ -138,7 +149,10 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
     """
     accel = suited(accel, device, unet.dtype) if accel.auto else accel
     if accel.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        stay_innermost(unet)
+    rounded = to_fp8(unet) if accel.fp8 and can_multiply(device, unet.dtype) else []
+    if rounded:
+        accel = _apart(accel)
     on_cpu = _cpu_ways(accel, device)
     if accel.fuse_projections or on_cpu:
         attentions = fuse_projections(unet)
@@ -148,6 +162,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
             keep_prompts(unet, attentions)
         if "prepack" in on_cpu and _room_to_pack(unet):
             pack_projections(attentions)
+            pack_gates(unet)
             pack_linears(unet)
     if accel.static_shapes and _can_compile(device):
         compile_whole(unet)
@@ -155,6 +170,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
         compile_unet(unet)
     if accel.cuda_graphs and _can_record(accel, device):
         unet.forward = Graphed(unet.forward)
+        listen(rounded, unet.forward.forget)
 
 
 def accelerate_vae(vae: Any, accel: Accel, device: torch.device) -> None:
@@ -166,6 +182,18 @@ def accelerate_vae(vae: Any, accel: Accel, device: torch.device) -> None:
         compile_whole(vae.decoder)
 
 
+def spread_rows(accel: Accel, device: torch.device, dtype: torch.dtype) -> Spread | None:
+    """Return what divides calls by rows, where that is on and the device is a CPU with several threads."""
+    accel = suited(accel, device, dtype) if accel.auto else accel
+    threads = torch.get_num_threads()
+    if not accel.spread_rows or threads == 1:
+        return None
+    if device.type != "cpu" or accel.compile or accel.static_shapes:
+        log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
+        return None
+    return Spread(threads)
+
+
 def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
     """Return ``accel`` with the switches on that were measured to pay on such a device (``benchmarks/LOG.md``).
 
@@ -174,10 +202,20 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
     if device.type == "cpu":
         half = dtype == torch.bfloat16
         packs = can_pack(device, dtype)
-        return replace(accel, vae_channels_last=True, keep_prompts=True, prepack=packs, blocked_attention=half)
+        ways = replace(accel, keep_prompts=True, prepack=packs, blocked_attention=half)
+        alone = not (accel.compile or accel.static_shapes)
+        return replace(ways, channels_last=True, vae_channels_last=True, spread_rows=alone)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
     return accel
+
+
+def _apart(accel: Accel) -> Accel:
+    """Switch off what fuses queries, keys and values: in 8 bits they are multiplied one by one."""
+    fusing = ("fuse_projections", "blocked_attention", "keep_prompts", "prepack")
+    if asked := [name for name in fusing if getattr(accel, name)]:
+        log.warning("%s: off, fp8 multiplies queries, keys and values apart", ", ".join(asked))
+    return replace(accel, fuse_projections=False, blocked_attention=False, keep_prompts=False, prepack=False)
 
 
 def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
@@ -194,7 +232,8 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
 
 def _room_to_pack(unet: Any) -> bool:
     """Whether memory is free for packed copies of the weights; what was not packed is multiplied as it is."""
-    wanted, free = sum(parameter.nbytes for parameter in unet.parameters()), free_memory()
+    layers = (module for module in unet.modules() if isinstance(module, torch.nn.Linear))
+    wanted, free = sum(layer.weight.nbytes for layer in layers), free_memory()
     if free is not None and free < ROOM * wanted:
         log.warning("prepack is off: %d MiB are free, %d are wanted", free >> 20, ROOM * wanted >> 20)
         return False
@@ -238,3 +277,11 @@ def _can_record(accel: Accel, device: torch.device) -> bool:
         log.warning("cuda_graphs is off: offload=all moves the weights that a graph expects in place")
         return False
     return True
+
+
+def in_tiles(when: Tiling, gauge: MemoryGauge, pixels: int, dtype: torch.dtype) -> bool:
+    """Whether the VAE does a picture of so many pixels in tiles: by order, or where it would not fit whole."""
+    if when == "auto":
+        free = gauge.free()
+        return free is not None and not fits(pixels, dtype, free)
+    return when == "on"

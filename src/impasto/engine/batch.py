@@ -15,6 +15,7 @@ from torch import Tensor
 from impasto.engine.conditioning import Conditioning
 from impasto.engine.latents import Kept, noise_like
 from impasto.engine.legs import Leg, Stage
+from impasto.engine.pace import Pace, pace_of
 from impasto.engine.pictures import Start
 from impasto.engine.samplers import Sampler
 from impasto.engine.samplers.moment import Memory, Moment, guided, rescaled
@@ -53,9 +54,11 @@ class Row:
     at: int = 0  # which leg
     call: int = 0  # which call of the leg's trajectory is next
     calls: int = 0  # network calls done, in all legs
+    pace: Pace = field(init=False)  # what the request lets it leave out
 
     def __post_init__(self) -> None:
         self.call = self.leg.first
+        self.pace = pace_of(self.request)
 
     @property
     def leg(self) -> Leg:
@@ -85,12 +88,12 @@ class Row:
     @property
     def guided(self) -> bool:
         """Whether the next call needs the negative half."""
-        return self.steers.negative is not None and self.request.guides(self.call / len(self.leg.trajectory))
+        return self.steers.negative is not None and self.pace.guides(self.call / len(self.leg.trajectory))
 
     @property
     def shallow(self) -> bool:
         """Whether the next call can make do with the deep features of an earlier one."""
-        if self.features is None or (self.call - self.leg.first) % self.request.reuse_features == 0:
+        if self.features is None or self.pace.whole(self.call, self.leg.first, len(self.leg.trajectory)):
             return False
         return len(self.features) > self.guided  # features of both halves, if both are to be predicted
 
@@ -210,7 +213,7 @@ def features_of(call: NetworkCall, rows: Sequence[Row]) -> Tensor:
 def keep_features(call: NetworkCall, rows: Sequence[Row], features: Tensor) -> None:
     """Give each row its part of the deep features of a call, ``[N, C, h, w]``."""
     for i, row in enumerate(rows):
-        if row.request.reuse_features > 1:
+        if row.pace.reuses:
             row.features = features[[position for position, owner in enumerate(call.order) if owner == i]]
 
 

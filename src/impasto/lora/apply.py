@@ -10,10 +10,12 @@ straight from the model's own bits, so no error ever accumulates.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +25,20 @@ from impasto.errors import LoraError
 from impasto.lora.budgets import Budgets
 from impasto.lora.cache import ITEM_BYTES, ByteCache, FileState, ParsedFiles
 from impasto.lora.contents import LoraContents
+from impasto.lora.courtesy import courteous, give_way
 from impasto.lora.formats import read_lora
+from impasto.lora.grouped import placed
 from impasto.lora.keys import Target, TargetNames
-from impasto.lora.merge import Image, Recipe, recipe
+from impasto.lora.merge import Image, Plan, Recipe, planned
 from impasto.lora.patch import Patch
 from impasto.lora.weights import Patched, Weights
 from impasto.types import LoraRef
 
 Reader = Callable[[Path, TargetNames, str], LoraContents]
+Stop = Callable[[], bool]
 
 TEXT_NETWORKS = ("text_encoder", "text_encoder_2")
+Name = tuple[object, ...]  # of what a weight becomes: files and strengths
 IMAGE_SHARE = 2  # a set's patched weights may take one part in so many of the budget, so that two sets fit
 
 
@@ -72,12 +78,33 @@ LoraSet = tuple[LoraFile, ...]
 class Prepared:
     """A set, ready for one network: for each weight a name for what it becomes, and how."""
 
-    wanted: dict[Target, tuple[tuple[object, ...], Recipe]]
+    wanted: dict[Target, tuple[Name, Recipe]]
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds."""
         return sum(ITEM_BYTES + recipe.nbytes for _, recipe in self.wanted.values())
+
+
+@dataclass(slots=True, eq=False)
+class Planned:
+    """A set, worked out for one network as far as that goes without it; the same, on the CPU."""
+
+    wanted: dict[Target, tuple[Name, Plan]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return sum(ITEM_BYTES + plan.nbytes for _, plan in self.wanted.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A weight as its network was seen: another thread may be moving that."""
+
+    ndim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +135,7 @@ class Counts:
 
 
 class Adapters:
-    """Switches a model's networks between LoRA sets. It belongs to one thread.
+    """Switches a model's networks between LoRA sets. It belongs to one thread, but for ``preload``.
 
     Args:
         networks: The networks by name: ``unet``, ``text_encoder``, ``text_encoder_2``, and ``refiner`` if there is one.
@@ -123,10 +150,12 @@ class Adapters:
         self._networks = tuple(networks)
         self._weights = Weights(networks)
         self._patched = Patched(self._weights, budgets.own_on, budgets.own)
+        self._placed = partial(placed, weight=self._weights.__getitem__, most=budgets.group, devices=budgets.group_on)
         names = TargetNames(self._weights.shapes())
         self._files = ParsedFiles(lambda path, field: read(path, names, field), budgets.parsed)
+        self._aside = threading.Lock()  # held by the one thread that reads ahead
         self._image_budget = budgets.prepared // IMAGE_SHARE
-        self._prepared: ByteCache[object, Prepared] = ByteCache(budgets.prepared)
+        self._prepared: ByteCache[object, Planned | Prepared] = ByteCache(budgets.prepared)
         self._on: dict[str, LoraSet] = dict.fromkeys(self._networks, ())  # without those an error left half changed
         self.last_switch: Switch | None = None  # for a cost model
         self.counts = Counts()
@@ -139,7 +168,31 @@ class Adapters:
         Raises:
             LoraError: There is no such file, or it is no LoRA for this model.
         """
-        return tuple(self._resolved(lora, f"loras.{position}.path") for position, lora in enumerate(loras))
+        return self._found(loras, self._files.contents)
+
+    @torch.inference_mode()
+    def preload(
+        self, loras: Sequence[LoraRef], busy: Callable[[], bool] = lambda: False, stop: Stop = lambda: False
+    ) -> None:
+        """Read the files of a set and work out what it makes of the weights, so that its first use finds that done.
+
+        For any thread, while another one uses the rest of this: it looks at no weight's numbers, changes nothing and
+        touches no device. What it makes is kept within the budgets, or not at all. Several threads read their files
+        one after the other, but for those that are read already.
+
+        Args:
+            loras: The set, as for ``resolve``.
+            busy: Whether the other thread has work that must not be held up; this one then takes longer.
+            stop: Says when nobody wants it any more.
+
+        Raises:
+            LoraError: As ``resolve``; or nobody wants it any more.
+        """
+        with courteous(lambda: busy() and not self._files.awaited):
+            found = self._found(loras, partial(self._read_aside, stop))
+            for network in self._networks:
+                if part := self.touching(found, network):
+                    self._plan_ahead(network, part)
 
     def report(self, loras: LoraSet) -> tuple[LoraContents, ...]:
         """Tell what each file holds and what was left over.
@@ -189,7 +242,19 @@ class Adapters:
         """Bytes kept, by the names of ``Budgets``; ``own`` has those of patched weights as well."""
         return {"parsed": self._files.bytes, "prepared": self._prepared.bytes, "own": self._patched.own_bytes}
 
-    def _resolved(self, lora: LoraRef, field: str) -> LoraFile:
+    def _read_aside(self, stop: Stop, file: FileState, field: str) -> LoraContents:
+        """Read a file in turn with others that are read ahead."""
+        if self._files.holds(file):
+            return self._files.contents(file, field)
+        with self._aside:
+            if stop():
+                raise LoraError(field, "is not wanted any more")
+            return self._files.contents(file, field)
+
+    def _found(self, loras: Sequence[LoraRef], contents: Callable[[FileState, str], LoraContents]) -> LoraSet:
+        return tuple(self._resolved(lora, f"loras.{position}.path", contents) for position, lora in enumerate(loras))
+
+    def _resolved(self, lora: LoraRef, field: str, contents: Callable[[FileState, str], LoraContents]) -> LoraFile:
         path = Path(lora.path)
         try:
             if not path.is_file():
@@ -197,7 +262,7 @@ class Adapters:
             state = FileState.now(path)
         except (OSError, ValueError):  # a name that no file can have is a ValueError
             raise LoraError(field, f"was not found: {path.name[:100]!r} is not a file here") from None
-        networks = frozenset(target.network for target in self._files.contents(state, field).patches)
+        networks = frozenset(target.network for target in contents(state, field).patches)
         return LoraFile(state.path, state.modified, state.size, lora.scale, lora.text_scale, field, networks)
 
     @torch.inference_mode()
@@ -205,11 +270,12 @@ class Adapters:
         """Put a set on one network in place of what is on it; all is read and ready before a weight changes."""
         start = time.perf_counter()
         key = (network, self._weights.device(network), loras)
-        known = self._prepared.get(key)
+        held = self._prepared.get(key)
         if loras:
-            self.counts.hits += known is not None
-            self.counts.misses += known is None
-        prepared = known or self._prepare(network, loras)
+            self.counts.hits += held is not None
+            self.counts.misses += held is None
+        known = held if isinstance(held, Prepared) else None
+        prepared = known or self._prepare(held if isinstance(held, Planned) else self._planned(*key))
         self._on.pop(network, None)  # unknown, so that after an error the next call looks again
         try:
             written = self._patched.become(network, prepared.wanted)
@@ -226,20 +292,36 @@ class Adapters:
             self.counts.switches += 1
             self.counts.seconds += self.last_switch.seconds
 
-    def _prepare(self, network: str, loras: LoraSet) -> Prepared:
-        """Collect what each weight gets, in the request's order."""
+    def _plan_ahead(self, network: str, loras: LoraSet) -> None:
+        key = (network, self._weights.device(network), loras)
+        if self._prepared.get(key) is None:
+            plans = self._planned(*key)
+            self._prepared.put(key, plans, plans.nbytes)
+
+    def _prepare(self, plans: Planned) -> Prepared:
+        """Make plans ready for the weights, on their device."""
+        made = self._placed((target, plan) for target, (_, plan) in plans.wanted.items())
+        return Prepared({target: (name, made[target]) for target, (name, _) in plans.wanted.items()})
+
+    def _planned(self, network: str, device: torch.device | None, loras: LoraSet) -> Planned:
+        """Collect what each weight gets, in the request's order, and work it out for weights on that device."""
         stacks: dict[Target, list[tuple[Patch, float]]] = {}
         names: dict[Target, list[object]] = {}
         for lora in loras:
             strength = lora.strength(network)
             for target, patch in self._files.contents(lora.state, lora.field).patches.items():
+                give_way()
                 if target.network == network:
                     first = self._weights.first_name(target)
                     stacks.setdefault(first, []).append((patch, strength))
                     names.setdefault(first, []).append((lora.state, strength))
-        return Prepared(
-            {target: (tuple(names[target]), recipe(stack, self._weights[target])) for target, stack in stacks.items()}
-        )
+        wanted: dict[Target, tuple[Name, Plan]] = {}
+        for target, stack in stacks.items():
+            give_way()
+            weight = self._weights[target]
+            seen = Seen(weight.ndim, weight.dtype, device or weight.device)
+            wanted[target] = (tuple(names[target]), planned(stack, seen))
+        return Planned(wanted)
 
     def _keep_images(self, prepared: Prepared) -> bool:
         """From a set's second time on keep its patched weights themselves, where they are small enough."""
@@ -247,8 +329,8 @@ class Adapters:
             return False
         if sum(self._weights[target].nbytes for target in prepared.wanted) > self._image_budget:
             return False
-        for target, (name, _) in prepared.wanted.items():
-            prepared.wanted[target] = (name, Image(self._patched.copy_of(target)))
+        for target, (name, made) in prepared.wanted.items():
+            prepared.wanted[target] = (name, self._patched.image_of(target, made))
         return True
 
 

@@ -13,6 +13,7 @@ import torch
 GIB: Final = 2**30
 SHARE: Final = 8  # one part in so many of what is free
 MOST_PARSED: Final = 4 * GIB
+MOST_GROUPED: Final = GIB // 4  # 40 weights of 1280 by 1280; more in one product saves no time
 MOST_PREPARED: Final = 16 * GIB  # three sets of patched weights for all attention layers of SDXL in 16 bits
 
 
@@ -25,12 +26,16 @@ class Budgets:
         prepared: Factors, or whole patched weights, of the sets used last, on the networks' device.
         own: The model's own values of weights that are not patched now; ``None``: as many as were ever patched.
         own_on: Where own values are kept; ``None``: beside the weights.
+        group: Float32 numbers in which weights of one shape are worked out together, for the moment; 0: one by one.
+        group_on: Types of devices where they are worked out together.
     """
 
     parsed: int = 2 * GIB
     prepared: int = 2 * GIB
     own: int | None = None
     own_on: torch.device | None = None
+    group: int = MOST_GROUPED
+    group_on: frozenset[str] = frozenset({"cuda"})
 
     @classmethod
     def within(
@@ -47,6 +52,7 @@ class Budgets:
         return cls(
             parsed=_share(main, MOST_PARSED) if parsed is None else parsed,
             prepared=_share(device, MOST_PREPARED) if prepared is None else prepared,
+            group=min(_share(device, MOST_GROUPED), MOST_GROUPED),
         )
 
 

@@ -5,9 +5,10 @@ Knows sizes and the order of use. Knows no formulas and no weights.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +26,7 @@ Value = TypeVar("Value")
 
 
 class ByteCache(Generic[Key, Value]):
-    """Values by key; when they grow over the budget the ones used longest ago are dropped.
+    """Values by key; when they grow over the budget the ones used longest ago are dropped. Any thread may use it.
 
     Args:
         budget: Bytes of all values together. A value larger than that is not kept at all.
@@ -34,6 +35,7 @@ class ByteCache(Generic[Key, Value]):
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._held: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
         self.bytes = 0  # of all values, as told
 
     def __len__(self) -> int:
@@ -41,25 +43,35 @@ class ByteCache(Generic[Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         """Return the value, which now counts as used, or ``None``."""
-        if key not in self._held:
-            return None
-        self._held.move_to_end(key)
-        return self._held[key][0]
+        with self._lock:
+            if key not in self._held:
+                return None
+            self._held.move_to_end(key)
+            return self._held[key][0]
 
     def put(self, key: Key, value: Value, size: int) -> None:
         """Keep a value of ``size`` bytes in place of what the key had."""
-        self._drop(key)
-        if size > self._budget:
-            return
-        self._held[key] = (value, size)
-        self.bytes += size
-        while self.bytes > self._budget:
-            self._drop(next(iter(self._held)))
+        with self._lock:
+            self._drop(key)
+            if size > self._budget:
+                return
+            while self.bytes + size > self._budget:
+                self._drop(next(iter(self._held)))
+            self._held[key] = (value, size)
+            self.bytes += size
+
+    def take(self, key: Key) -> Value | None:
+        """Return the value and let go of it."""
+        with self._lock:
+            held = self._held.get(key)
+            self._drop(key)
+            return None if held is None else held[0]
 
     def clear(self) -> None:
         """Drop everything."""
-        self._held.clear()
-        self.bytes = 0
+        with self._lock:
+            self._held.clear()
+            self.bytes = 0
 
     def _drop(self, key: Key) -> None:
         if key in self._held:
@@ -85,8 +97,18 @@ class FileState:
         return cls(path.absolute(), stat.st_mtime_ns, stat.st_size)
 
 
+@dataclass(slots=True, eq=False)
+class _Reading:
+    """A file that a thread reads, for all that want it."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+    contents: LoraContents | None = None  # once it has ended; None then: it failed
+
+
 class ParsedFiles:
     """LoRA files as patches, read once for as long as the budget holds them.
+
+    Any thread may ask. Those that want one file read it once between them; nobody waits for a file of others.
 
     Args:
         read: Reads a file; its second argument is the request field to name in errors.
@@ -96,11 +118,23 @@ class ParsedFiles:
     def __init__(self, read: Callable[[Path, str], LoraContents], budget: int) -> None:
         self._read = read
         self._cache: ByteCache[FileState, LoraContents] = ByteCache(budget)
+        self._reading: dict[FileState, _Reading] = {}
+        self._lock = threading.Lock()  # guards ``_reading``; never held while a file is read
+        self._waiting = 0
 
     @property
     def bytes(self) -> int:
         """Bytes held."""
         return self._cache.bytes
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a thread waits for what another one reads."""
+        return self._waiting > 0
+
+    def holds(self, file: FileState) -> bool:
+        """Whether a file need not be read."""
+        return self._cache.get(file) is not None
 
     def contents(self, file: FileState, field: str) -> LoraContents:
         """Return the patches of a file.
@@ -108,13 +142,43 @@ class ParsedFiles:
         Raises:
             LoraError: It cannot be read, or is not what it was when the request came.
         """
-        known = self._cache.get(file)
-        if known is not None:
-            return known
-        _check_unchanged(file, field)
-        contents = self._read(file.path, field)
-        self._cache.put(file, contents, contents_bytes(contents))
-        return contents
+        while True:
+            with self._lock:
+                known = self._cache.get(file)
+                if known is not None:
+                    return known
+                others = self._reading.get(file)
+                if others is None:
+                    mine = self._reading[file] = _Reading()
+            if others is None:
+                return self._read_for_all(file, field, mine)
+            self._wait(others)
+            if others.contents is not None:
+                return others.contents
+            # They failed; it is tried again, so that the error names the field of whoever asks.
+
+    def _read_for_all(self, file: FileState, field: str, reading: _Reading) -> LoraContents:
+        """Read a file, keep it, and hand it to those who wait for it."""
+        try:
+            _check_unchanged(file, field)
+            contents = self._read(file.path, field)
+            _check_unchanged(file, field)  # it may be half of one and half of another
+            self._cache.put(file, contents, contents_bytes(contents))
+            reading.contents = contents
+            return contents
+        finally:
+            with self._lock:
+                del self._reading[file]
+            reading.ended.set()
+
+    def _wait(self, reading: _Reading) -> None:
+        with self._lock:
+            self._waiting += 1
+        try:
+            reading.ended.wait()
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def clear(self) -> None:
         """Forget every file."""

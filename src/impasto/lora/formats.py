@@ -25,6 +25,7 @@ from impasto.lora.base_model import base_model
 from impasto.lora.bundles import read_bundles
 from impasto.lora.checks import MalformedError, WrongSizeError
 from impasto.lora.contents import LoraContents, Mismatch
+from impasto.lora.courtesy import give_way
 from impasto.lora.gate import Header, check_header
 from impasto.lora.keys import UNETS, Match, Spelling, Target, TargetNames
 from impasto.lora.kinds import Adapter, read_patches
@@ -103,6 +104,7 @@ def read_lora(path: Path, model: TargetNames, field: str = "loras") -> LoraConte
             shared = {key: file.get_tensor(key).clone() for keys_of in keys.shared.values() for key in keys_of.values()}
             bundles = read_bundles(keys.beside, header.tensors, file.get_tensor, model.text_widths)
             for name, (match, parts) in modules.items():
+                give_way()
                 found.unscaled += _is_unscaled(match, parts, scaling)
                 _read_module(name, match, _tensors(file, parts, shared), model, scaling, found, field)
             digest = hashed.result().hexdigest()
@@ -133,6 +135,7 @@ def _matched(keys: Keys, model: TargetNames, found: _Found) -> Modules:
     """Return the modules that the model has."""
     modules: Modules = {}
     for name, parts in keys.modules.items():
+        give_way()
         if parts.keys() <= _NO_WEIGHTS:
             found.ignored.extend(parts.values())
         elif match := model.match(name):

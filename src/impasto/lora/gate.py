@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final
 
 from impasto.errors import LoraError
 from impasto.lora.cog import VECTORS, ArchiveError, CogArchive, Part, is_archive, read_archive
+from impasto.lora.courtesy import give_way
 from impasto.tensorfile import DTYPE_BYTES, LENGTH, PROBE, TensorInfo, named
 
 FORMAT_HEADER: Final = 100_000_000  # bytes; the format's own limit, beyond which a length is no length
@@ -228,6 +229,7 @@ def _metadata(values: Any, field: str) -> dict[str, str]:
 
 def _tensor(key: str, entry: Any, field: str) -> TensorInfo:
     """Check one tensor's name, dtype and shape; its place in the file is checked with all the others'."""
+    give_way()
     if not 0 < len(key) <= MAX_KEY or not key.isprintable() or ".." in key or "\\" in key or key.startswith("/"):
         raise LoraError(
             field, f"holds a tensor with the name {_shown(key)}, which no trainer writes; do not use this file"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,6 +38,22 @@ MARGIN = 4  # how far below the largest finite number a bound must stay for the 
 USUAL = 2.0**50  # factors between this and one part in it are multiplied as they are: no sum of theirs leaves float32
 
 
+class Form(Protocol):
+    """All that a plan depends on of a weight, such as a tensor: nothing of what it holds."""
+
+    @property
+    def ndim(self) -> int:
+        """Axes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Format."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+
 class Recipe(Protocol):
     """How to make the patched weight."""
 
@@ -49,12 +65,25 @@ class Recipe(Protocol):
     def risky(self) -> bool:
         """Whether the result could be infinite or no number, so that it must be looked at."""
 
+    @property
+    def layout(self) -> int:
+        """How many weights are made in one product: a GPU's library may add up in another order for another number."""
+
+    @property
+    def low_rank(self) -> Part | None:
+        """``up``, ``down`` and the factor of their product, if that is all it adds."""
+
     def write(self, weight: Tensor, pristine: Tensor) -> None:
         """Make ``weight``, in place, the patched ``pristine``: of one shape and dtype."""
 
 
 def recipe(stack: Stack, weight: Tensor) -> Recipe:
     """Make a stack ready for a weight, on the weight's device."""
+    return planned(stack, weight).on(weight.device)
+
+
+def planned(stack: Stack, weight: Form) -> Plan:
+    """Make a stack ready for a weight, where the patches' tensors are; no number of the weight is looked at."""
     steps = list(_steps(stack, weight))
     if len(steps) == 1 and isinstance(steps[0], Product):
         return steps[0]
@@ -67,15 +96,20 @@ class Image:
 
     Attributes:
         bits: Of the weight's shape and dtype.
+        layout: Of the recipe that made them.
+        low_rank: Of that recipe, where somebody needs it still.
     """
 
     bits: Tensor
+    layout: int = 1
+    low_rank: Part | None = None
     risky = False
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds."""
-        return self.bits.nbytes
+        factors = self.low_rank[:2] if self.low_rank else ()
+        return self.bits.nbytes + sum(factor.nbytes for factor in factors)
 
     def write(self, weight: Tensor, pristine: Tensor) -> None:
         """Copy."""
@@ -99,11 +133,23 @@ class Product:
     alpha: float
     fused: bool
     risky: bool
+    layout = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds."""
         return self.up.nbytes + self.down.nbytes
+
+    @property
+    def low_rank(self) -> Part:
+        """Its factors."""
+        return self.up, self.down, self.alpha
+
+    def on(self, device: torch.device) -> Product:
+        """Return it with its factors on a device; itself, if they are there."""
+        if self.up.device == self.down.device == device:
+            return self
+        return replace(self, up=self.up.to(device), down=self.down.to(device))
 
     def write(self, weight: Tensor, pristine: Tensor) -> None:
         """Make the patched weight in one pass over it."""
@@ -138,6 +184,10 @@ class Whole:
         """Bytes it holds."""
         return patch_bytes(self.patch)
 
+    def on(self, device: torch.device) -> Whole:
+        """Return it with the patch on a device."""
+        return Whole(patch_on(self.patch, device), self.strength)
+
     def added(self, total: Tensor) -> Tensor:
         """Return the weight that the patch makes of ``total``."""
         return self.patch.patched(total, self.strength).contiguous()
@@ -149,11 +199,17 @@ class InOrder:
 
     steps: tuple[Product | Whole, ...]
     risky = True
+    layout = 1
+    low_rank = None
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds."""
         return sum(step.nbytes for step in self.steps)
+
+    def on(self, device: torch.device) -> InOrder:
+        """Return it with everything on a device."""
+        return InOrder(tuple(step.on(device) for step in self.steps))
 
     def write(self, weight: Tensor, pristine: Tensor) -> None:
         """Make the patched weight in a float32 copy."""
@@ -163,7 +219,10 @@ class InOrder:
         weight.copy_(total)
 
 
-def _steps(stack: Stack, weight: Tensor) -> Iterator[Product | Whole]:
+Plan = Product | InOrder  # a recipe that does not need the weight's device yet
+
+
+def _steps(stack: Stack, weight: Form) -> Iterator[Product | Whole]:
     """Gather what adds into products as far as nothing that multiplies stands between."""
     waiting: list[Part] = []
     for patch, strength in stack:
@@ -174,7 +233,7 @@ def _steps(stack: Stack, weight: Tensor) -> Iterator[Product | Whole]:
         if not patch.additive and waiting:
             yield _product(waiting, weight)
             waiting = []
-        yield Whole(patch_on(patch, weight.device), strength)
+        yield Whole(patch, strength)
     if waiting:
         yield _product(waiting, weight)
 
@@ -187,7 +246,7 @@ def _part(patch: Patch, strength: float) -> Part | None:
     return None if factors is None else (*factors, strength)
 
 
-def _product(parts: Sequence[Part], weight: Tensor) -> Product:
+def _product(parts: Sequence[Part], weight: Form) -> Product:
     """Lay the ranks side by side, in the smallest formats that lose nothing.
 
     A bfloat16 file on a bfloat16 model can be multiplied as it is: its products are exact in float32 sums, at half the
@@ -202,7 +261,7 @@ def _product(parts: Sequence[Part], weight: Tensor) -> Product:
     return _rescaled(parts, alpha if _usual(alpha) else 1.0, weight)
 
 
-def _rescaled(parts: Sequence[Part], alpha: float, weight: Tensor) -> Product:
+def _rescaled(parts: Sequence[Part], alpha: float, weight: Form) -> Product:
     """Make a product of parts with factors of their own, or of unusual sizes, by way of float32."""
     shares = [factor / alpha for _, _, factor in parts]
     up = torch.cat([up.float() * share for (up, _, _), share in zip(parts, shares, strict=True)], 1)
@@ -217,12 +276,12 @@ def _rescaled(parts: Sequence[Part], alpha: float, weight: Tensor) -> Product:
     return _ready(up, down, alpha, abs(alpha) * largest, weight)
 
 
-def _ready(up: Tensor, down: Tensor, alpha: float, bound: float, weight: Tensor) -> Product:
+def _ready(up: Tensor, down: Tensor, alpha: float, bound: float, weight: Form) -> Product:
     """Choose the formats; no number of the sum is over ``bound``."""
     up, down = _small(up), _small(down)
     return Product(
-        up=up.to(weight.device),
-        down=down.to(weight.device),
+        up=up,
+        down=down,
         alpha=alpha,
         fused=_fused_is_exact(weight) and all(_same_in(weight.dtype, half) for half in (up, down)),
         risky=not _in_range(bound, weight),
@@ -233,11 +292,11 @@ def _usual(size: float) -> bool:
     return 1 / USUAL < abs(size) < USUAL
 
 
-def _in_range(bound: float, weight: Tensor) -> bool:
+def _in_range(bound: float, weight: Form) -> bool:
     return bound < torch.finfo(weight.dtype).max / MARGIN  # a NaN is not
 
 
-def _fused_is_exact(weight: Tensor) -> bool:
+def _fused_is_exact(weight: Form) -> bool:
     """Whether ``addmm`` in the weight's format adds up in float32 and rounds once.
 
     It does in float32 everywhere, and in bfloat16 on a CPU (the tests check it). A GPU's library may round partial

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from impasto.lora.courtesy import give_way
+
 _SET = ("set_weight", "set_bias")
 # Part of an adapter -> its suffixes, as patterns. ``%`` stands for PEFT's adapter name, which not every file has.
 _SUFFIXES: dict[str, str] = {
@@ -92,6 +94,7 @@ def sort_keys(keys: Collection[str]) -> Keys:
     """Group a file's keys by module. A plain ``weight`` is an adapter's (IA3) only where ``on_input`` stands beside."""
     found = Keys()
     for key in sorted(keys):
+        give_way()
         if key.startswith(_BUNDLE):  # whatever its word looks like
             found.beside.append(key)
             continue

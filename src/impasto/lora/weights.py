@@ -1,26 +1,40 @@
 """A model's weights by name, changed in place from the model's own bits, and put back bit for bit.
 
 Knows parameters, their own values and what was last done to each. Knows no files and no formulas: a ``Recipe`` is
-something that can write a weight.
+something that can write a weight, a ``Batch`` something that can write several.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from impasto.lora.grouped import Batch, batches
 from impasto.lora.keys import Target
-from impasto.lora.merge import Recipe
+from impasto.lora.merge import Image, Recipe
 
 PATCHABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 PARAMETERS: tuple[Literal["weight", "bias"], ...] = ("weight", "bias")
 UNKNOWN = object()  # stands for a weight that an error may have left half written
 
 Wanted = Mapping[Target, tuple[Hashable, Recipe]]  # what each weight is to become, and a name for that
+
+
+class Follower(Protocol):
+    """A layer that multiplies by something else than its weight, and has to be told when that is changed."""
+
+    def wear_product(self, own: Tensor, up: Tensor, down: Tensor, alpha: float) -> None:
+        """The weight is now ``own + alpha * up @ down``."""
+
+    def wear_weight(self) -> None:
+        """The weight was changed in another way."""
+
+    def wear_nothing(self) -> None:
+        """The weight is the model's own."""
 
 
 class Weights:
@@ -53,6 +67,13 @@ class Weights:
     def device(self, network: str) -> torch.device | None:
         """Return where a network is now; ``None`` for one without weights."""
         return next((self[target].device for target in self._modules if target.network == network), None)
+
+    def follower(self, target: Target) -> Follower | None:
+        """Return the layer, if it wants to be told of changes of this weight."""
+        module = self._modules[target]
+        if target.parameter != "weight" or not hasattr(type(module), "wear_product"):
+            return None
+        return cast(Follower, module)
 
     def __getitem__(self, target: Target) -> Tensor:
         """Return the parameter as it is now; moving a network between devices gives it another memory."""
@@ -102,21 +123,23 @@ class Patched:
     def become(self, network: str, wanted: Wanted) -> int:
         """Make a network's weights what is wanted, and all its others the model's own; return how many were written.
 
-        Each weight is written at most once, straight from its own value; one that is as wanted already is left alone.
+        Each weight is written at most once, straight from its own value; one that is as wanted already is left alone,
+        unless it is one of a group of which another is not.
 
         Raises:
             FloatingPointError: A weight would not be finite.
             Exception: Whatever went wrong on the way. The network's weights are then the model's own.
         """
+        state = self._state
+        todo = {target: made for target, (name, made) in wanted.items() if state.get(target) != (name, made.layout)}
         written = 0
         try:
             doubts = []
-            for target, (name, recipe) in wanted.items():
-                if self._state.get(target) != name:
-                    self._write(target, name, recipe)
-                    written += 1
-                    if recipe.risky:
-                        doubts.append(torch.isfinite(self._weights[target]).all())
+            for batch in batches(todo):
+                finite = self._write(batch, wanted)
+                written += len(batch.targets)
+                if finite is not None:
+                    doubts.append(finite)
             if doubts and not bool(torch.stack(doubts).all()):  # asked once: a GPU answers when all is done
                 raise FloatingPointError("a weight is not finite")
             written += self._put_back(network, keep=wanted)
@@ -127,9 +150,10 @@ class Patched:
         return written
 
     @torch.inference_mode()
-    def copy_of(self, target: Target) -> Tensor:
-        """Return a copy of a weight as it is now."""
-        return self._weights[target].detach().clone()
+    def image_of(self, target: Target, made: Recipe) -> Image:
+        """Return a copy of a weight as it is now, which ``made`` has made."""
+        low_rank = made.low_rank if self._weights.follower(target) else None
+        return Image(self._weights[target].detach().clone(), made.layout, low_rank)
 
     @torch.inference_mode()
     def forget_own(self) -> None:
@@ -137,21 +161,53 @@ class Patched:
         for target in [target for target in self._own if target not in self._state]:
             del self._own[target]
 
-    def _write(self, target: Target, name: Hashable, recipe: Recipe) -> None:
-        weight = self._weights[target].detach()
+    def _write(self, batch: Batch, wanted: Wanted) -> Tensor | None:
+        weights, owns = [], []
+        for target in batch.targets:
+            weight = self._weights[target].detach()
+            weights.append(weight)
+            owns.append(self._own_of(target, weight))
+        for target in batch.targets:
+            self._state[target] = UNKNOWN
+        finite = batch.write(weights, owns)
+        for target in batch.targets:
+            name, made = wanted[target]
+            self._tell(target, made)
+            self._state[target] = name, made.layout
+        return finite
+
+    def _tell(self, target: Target, made: Recipe | None) -> None:
+        follower = self._weights.follower(target)
+        if follower is None:
+            return
+        if made is None:
+            follower.wear_nothing()
+        elif made.low_rank is None:
+            follower.wear_weight()
+        else:
+            follower.wear_product(self._own[target], *made.low_rank)
+
+    def _own_of(self, target: Target, weight: Tensor) -> Tensor:
+        """Return a weight's own value, which counts as used; from the weight itself if it was never patched."""
         own = self._own.get(target)
         if own is None:
             own = self._own[target] = self._copied(weight)
         self._own.move_to_end(target)
-        self._state[target] = UNKNOWN
-        recipe.write(weight, own)
-        self._state[target] = name
+        return own
 
     def _put_back(self, network: str, keep: Wanted | None = None) -> int:
-        """Copy own values back, but for those to keep."""
+        """Copy own values back, but for those to keep: in one go for those of one format."""
         going = [target for target in self._state if target.network == network and target not in (keep or {})]
+        alike: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
         for target in going:
-            self._weights[target].detach().copy_(self._own[target])
+            weight, own = self._weights[target].detach(), self._own[target]
+            weights, owns = alike.setdefault((weight.dtype, weight.device, own.device), ([], []))
+            weights.append(weight)
+            owns.append(own)
+        for weights, owns in alike.values():
+            torch._foreach_copy_(weights, owns, non_blocking=weights[0].device.type == "cuda")
+        for target in going:
+            self._tell(target, None)
             del self._state[target]
         return len(going)
 

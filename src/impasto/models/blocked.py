@@ -1,11 +1,11 @@
-"""Self-attention on a CPU in half precision, in blocks that stay in the processor's cache.
+"""Attention on a CPU in half precision, by plain products over scores that stay in the processor's cache.
 
 Knows tensors, and torch's own attention as the way for everything else. Knows no networks.
 
 torch's attention for CPUs multiplies bfloat16 through float32 registers. Plain matrix products go to oneDNN, which uses
-the processor's bfloat16 instructions, so a product, a softmax and a product over blocks of queries are faster although
-the scores are written down in between, as long as a block of them stays in the cache. Measured in
-``benchmarks/LOG.md``: 1.3 to 1.9 times as fast from 1,024 tokens on, slower for few keys and in float32.
+the processor's bfloat16 instructions, so a product, a softmax and a product are faster although the scores are written
+down in between, as long as they stay in the cache: over blocks of queries where there are many keys, over all heads at
+once where there are few. Measured in ``benchmarks/LOG.md``: 1.5 to 1.9 times as fast; slower in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK: Final = 256  # queries whose scores are held at a time: 2 MB at 4,096 keys in bfloat16
-LEAST_KEYS: Final = 512  # with fewer, torch's own way is faster
+SCORES: Final = 2**20  # that are held at a time: 2 MB, the second level of a cache and a little of the third
+MANY_KEYS: Final = 512  # from here on a block of one head's queries is enough work for a product
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -28,27 +28,38 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key: ``[N, heads, S, D]``; value likewise.
 
     Returns:
-        ``[N, heads, L, D]``. Each head of each row is computed by itself, so no row's bits depend on its neighbours.
+        ``[N, heads, L, D]``. Each row is computed by itself, so no row's bits depend on its neighbours.
     """
-    if suits(query, key):
-        return in_blocks(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value)
+    if not suits(query):
+        return F.scaled_dot_product_attention(query, key, value)
+    return in_blocks(query, key, value) if key.shape[-2] >= MANY_KEYS else by_rows(query, key, value)
 
 
-def suits(query: Tensor, key: Tensor) -> bool:
-    """Whether blocks are the faster way."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[-2] >= LEAST_KEYS
+def suits(query: Tensor) -> bool:
+    """Whether plain products are the faster way."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend head by head, ``BLOCK`` queries at a time; shapes as ``attend``'s."""
+    """Attend head by head, with as many queries at a time as ``SCORES`` are for; shapes as ``attend``'s."""
     rows, heads, length, width = query.shape
     scaled = query * width**-0.5
     output = query.new_empty(rows, length, heads, width).transpose(1, 2)
+    block = max(1, SCORES // key.shape[-2])
+    held = query.new_empty(min(block, length), key.shape[-2])
     for row in range(rows):
         for head in range(heads):
             keys, values = key[row, head].T.contiguous(), value[row, head].contiguous()
-            for start in range(0, length, BLOCK):
-                scores = torch.mm(scaled[row, head, start : start + BLOCK], keys)
-                output[row, head, start : start + BLOCK] = torch.mm(torch.softmax(scores, -1), values)
+            for start in range(0, length, block):
+                some = scaled[row, head, start : start + block]
+                scores = torch.mm(some, keys, out=held[: len(some)])
+                shares = torch.softmax(scores, -1, out=scores)  # in place: half of the cache
+                output[row, head, start : start + block] = torch.mm(shares, values)
     return output
+
+
+def by_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend row by row, all heads at once; shapes as ``attend``'s."""
+    scaled = query * query.shape[-1] ** -0.5
+    every = zip(scaled, key, value, strict=True)
+    return torch.stack([torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v) for q, k, v in every])

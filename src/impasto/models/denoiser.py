@@ -5,6 +5,7 @@ Knows what SDXL's UNet is given and gives back. Knows no requests, samplers or n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from impasto.models.residence import Residence
-from impasto.models.reuse import predict_full, predict_shallow
+from impasto.models.reuse import predict_full, predict_shallow, predict_whole
+from impasto.models.spread import Spread
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +28,7 @@ class Denoiser:
     device: torch.device
     dtype: torch.dtype
     residence: Residence
+    spread: Spread | None = None  # divides the rows of calls among the threads of a CPU
 
     @property
     def inpaints(self) -> bool:
@@ -48,42 +51,39 @@ class Denoiser:
         Returns:
             The predicted noise (or velocity) ``[N, 4, h, w]``, float32.
         """
-        sample, times = self._moved(latents, timesteps)
-        with self.residence.using("unet", self.unet):
-            output = self.unet(
-                sample,
-                times,
-                encoder_hidden_states=tokens.to(self.device, self.dtype),
-                added_cond_kwargs=self._added(pooled, time_ids),
-                return_dict=False,
-            )[0]
-        return output.float()  # type: ignore[no-any-return]
+        output: Tensor = self._run(predict_whole, latents, timesteps, tokens, pooled, time_ids)
+        return output.float()
 
     def predict_keeping(
         self, latents: Tensor, timesteps: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Do as ``predict`` does, and return the deep features as well, for ``predict_shallow``."""
-        sample, times = self._moved(latents, timesteps)
-        tokens = tokens.to(self.device, self.dtype)
-        with self.residence.using("unet", self.unet):
-            output, features = predict_full(self.unet, sample, times, tokens, self._added(pooled, time_ids))
+        output, features = self._run(predict_full, latents, timesteps, tokens, pooled, time_ids)
         return output.float(), features
 
     def predict_shallow(
         self, latents: Tensor, timesteps: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor, features: Tensor
     ) -> Tensor:
-        """Do as ``predict`` does with the deep features of an earlier step: about half the work, and approximate."""
-        sample, times = self._moved(latents, timesteps)
-        tokens = tokens.to(self.device, self.dtype)
-        with self.residence.using("unet", self.unet):
-            output = predict_shallow(self.unet, sample, times, tokens, self._added(pooled, time_ids), features)
+        """Do as ``predict`` does with the deep features of an earlier step: a fraction of the work, and approximate."""
+        output: Tensor = self._run(predict_shallow, latents, timesteps, tokens, pooled, time_ids, features)
         return output.float()
 
-    def _moved(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        return latents.to(self.device, self.dtype), timesteps.to(self.device)
+    def _run(
+        self,
+        work: Callable[..., Any],
+        latents: Tensor,
+        timesteps: Tensor,
+        tokens: Tensor,
+        pooled: Tensor,
+        time_ids: Tensor,
+        *more: Tensor,
+    ) -> Any:
+        """Do ``work`` with the UNet and these rows, where and in what format it runs."""
+        sample, tokens, pooled, time_ids = (t.to(self.device, self.dtype) for t in (latents, tokens, pooled, time_ids))
 
-    def _added(self, pooled: Tensor, time_ids: Tensor) -> dict[str, Tensor]:
-        return {
-            "text_embeds": pooled.to(self.device, self.dtype),
-            "time_ids": time_ids.to(self.device, self.dtype),
-        }
+        def part(sample: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor, *more: Tensor) -> Any:
+            return work(self.unet, sample, times, tokens, {"text_embeds": pooled, "time_ids": time_ids}, *more)
+
+        inputs = (sample, timesteps.to(self.device), tokens, pooled, time_ids, *more)
+        with self.residence.using("unet", self.unet):
+            return part(*inputs) if self.spread is None else self.spread(part, *inputs)

@@ -10,7 +10,7 @@ float32.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
+_NOTHING: Final = ("none", (), "")
+_GELU: Final = ("gelu", (), "none")  # the last one: not by the tanh formula
 
 
 class Pack:
@@ -31,14 +33,25 @@ class Pack:
         self._made_of: tuple[tuple[int, int], ...] = ()
         self.packings = 0  # so far
 
-    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
-        """Return ``inputs weight^T + bias``.
+    def linear(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: tuple[Tensor, ...],
+        *,
+        gelu: bool = False,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``inputs weight^T + bias``, and what follows it done before it is rounded and written.
 
         Args:
             inputs: ``[..., in]``, on the CPU.
             weight: ``[out, in]``.
             bias: ``[out]``, or none.
             parts: The tensors through which the weight is edited: itself, or its views.
+            gelu: Put it through GELU (exact, not the tanh formula).
+            times: ``[..., out]``, to multiply it with; not together with ``gelu``.
         """
         made_of = tuple((part._version, part.data_ptr()) for part in parts)
         if self._packed is None or made_of != self._made_of:
@@ -46,7 +59,11 @@ class Pack:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             self._made_of = made_of
             self.packings += 1
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
+        product: Tensor
+        if times is not None:
+            product = torch.ops.mkldnn._linear_pointwise.binary(inputs, times, self._packed, bias, "mul")
+        else:
+            product = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, *(_GELU if gelu else _NOTHING))
         return product
 
     def forget(self) -> None:
@@ -94,7 +111,11 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     try:
         layer, inputs = torch.ones(32, 32, dtype=dtype), torch.ones(4, 32, dtype=dtype)
-        return bool((Pack().linear(inputs, layer, None, (layer,)) == 32).all())
+        pack = Pack()
+        product = pack.linear(inputs, layer, None, (layer,))
+        gated = pack.linear(inputs, layer, None, (layer,), gelu=True)
+        times = pack.linear(inputs, layer, None, (layer,), times=gated)
+        return bool((product == 32).all() and (gated == 32).all() and (times == 1024).all())
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         log.info("weights are not packed: %s", str(error).splitlines()[0])
         return False

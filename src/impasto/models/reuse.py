@@ -12,9 +12,24 @@ Source: Ma et al. 2023, DeepCache (arXiv:2312.00858), section 3.2, with the skip
 from __future__ import annotations
 
 from itertools import zip_longest
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
+
+
+def predict_whole(
+    unet: Any, sample: Tensor, timesteps: Tensor, tokens: Tensor, added_cond: dict[str, Tensor]
+) -> Tensor:
+    """Run the whole UNet; inputs as ``predict_full``'s.
+
+    Returns:
+        The output ``[N, 4, h, w]``.
+    """
+    output: Tensor = unet(
+        sample, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added_cond, return_dict=False
+    )[0]
+    return output
 
 
 def predict_full(
@@ -33,10 +48,13 @@ def predict_full(
         The output ``[N, 4, h, w]``, bit for bit what ``unet(...)`` gives, and the features ``[N, F, h, w]``.
     """
     features: list[Tensor] = []
-    last = unet.up_blocks[-1]
-    hook = last.register_forward_pre_hook(
-        lambda _, __, inputs: features.append(inputs["hidden_states"]), with_kwargs=True
-    )
+    last, here = unet.up_blocks[-1], get_ident()
+
+    def keep(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if get_ident() == here:  # other threads may be running other rows
+            features.append(inputs["hidden_states"])
+
+    hook = last.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         # The class's own forward: a replayed CUDA graph on the instance would run no hooks.
         output = type(unet).forward(

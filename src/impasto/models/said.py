@@ -1,19 +1,22 @@
 """What cross-attention makes of the prompts, kept from step to step: it does not change while they do not.
 
 Knows tensors. Knows no attention, LoRA or steps. Keys and values of the last call's prompts are kept; a call with
-other prompts, or weights that were edited since, makes them anew.
+other prompts, or weights that were edited since, makes them anew. Each thread has its own last call: threads may run
+different rows at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class Said:
+class Said(threading.local):
     """The prompts of the call that is running, and whether they are those of the call before."""
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class Said:
         return copy
 
 
-class Kept:
+class Kept(threading.local):
     """One layer's answer to the prompts.
 
     Args:
@@ -78,3 +81,6 @@ class Kept:
         if self._answer is None or to != self._to:
             self._answer, self._to = ask(tokens), to
         return self._answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept(deepcopy(self._said, memo))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,9 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """Where it runs, such as ``cuda:0``."""
+
+    def preload(self, request: GenerationRequest, stop: Callable[[], bool]) -> None:
+        """Make the files of a request to come ready, until ``stop``; unlike all else here, from other threads."""
 
     def submit(self, request: GenerationRequest, request_id: str | None = None, *, preview_every: int = 0) -> str:
         """Take a request in; it moves from the next ``step`` on, and shows itself every so many steps (0: never)."""
@@ -79,6 +82,9 @@ class FakeBackend:
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._requests)
+
+    def preload(self, request: GenerationRequest, stop: Callable[[], bool]) -> None:
+        """Nothing is read."""
 
     def submit(self, request: GenerationRequest, request_id: str | None = None, *, preview_every: int = 0) -> str:
         """Take a request in."""

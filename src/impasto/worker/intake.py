@@ -17,6 +17,7 @@ from impasto.types import GenerationRequest
 from impasto.worker.loras import LoraLibrary
 from impasto.worker.provenance import Provenance
 from impasto.worker.running import Running
+from impasto.worker.warming import Preload, Warming
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,16 +31,27 @@ class Intake:
         loras: Finds the LoRAs that requests name.
         safety: What prompts and start pictures must pass.
         provenance: What is noted of how pictures are made.
+        preload: Makes the LoRA files of a request ready, as ``Warming`` asks for it.
     """
 
-    def __init__(self, outputs: OutputStore, loras: LoraLibrary, safety: SafetyGate, provenance: Provenance) -> None:
+    def __init__(
+        self,
+        outputs: OutputStore,
+        loras: LoraLibrary,
+        safety: SafetyGate,
+        provenance: Provenance,
+        preload: Preload = lambda request, stop: None,
+    ) -> None:
         self._outputs = outputs
         self._loras = loras
         self._safety = safety
         self._provenance = provenance
+        self._warming = Warming(preload)
 
     def request(self, running: Running) -> GenerationRequest:
         """Rebuild the request, with its pictures, the resolved seed and each LoRA's name turned into a file.
+
+        The files are made ready as well, as far as that goes; where there are any, that takes a while.
 
         Raises:
             ImpastoError: Something that the request names cannot be had or may not be used.
@@ -58,7 +70,9 @@ class Intake:
         loras = tuple(
             replace(lora, path=str(found.file)) for found, lora in zip(running.loras, request.loras, strict=True)
         )
-        return replace(whole, loras=loras)
+        whole = replace(whole, loras=loras)
+        self._warming.warm(running, whole)
+        return whole
 
     def _picture(self, job: Job, name: str) -> Image | None:
         """Read back a picture that the job starts from; the API has checked and re-encoded it."""

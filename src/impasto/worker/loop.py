@@ -105,7 +105,8 @@ class WorkerLoop:
         self._drain_seconds = drain_seconds
         self._previews = previews
         self._safety = safety or SafetyGate()
-        self._intake = Intake(outputs, loras or LoraLibrary(lora_dir), self._safety, provenance or Provenance())
+        library, told = loras or LoraLibrary(lora_dir), provenance or Provenance()
+        self._intake = Intake(outputs, library, self._safety, told, backend.preload)
         self._running: dict[str, Running] = {}
         self._waiting: tuple[Running, GenerationRequest] | None = None  # a suspect, until it can run alone
         self._fetching: dict[str, tuple[Running, Future[GenerationRequest]]] = {}  # until their files are here

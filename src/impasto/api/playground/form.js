@@ -12,7 +12,7 @@ const PLACES = {
   size: "canvas", num_images: "canvas", seed: "canvas",
   image: "start", strength: "start", frames: "start", fps: "start",
   loras: "loras",
-  num_inference_steps: "sampling", guidance_scale: "sampling", scheduler: "sampling",
+  num_inference_steps: "sampling", guidance_scale: "sampling", scheduler: "sampling", acceleration: "sampling",
   refine: "refine", high_noise_frac: "refine", refine_steps: "refine",
 };
 const GROUPS = ["prompt", "canvas", "start", "loras", "sampling", "refine", "output"];
