@@ -15,8 +15,9 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.baselines.openvino_unet import openvino_unet
+from benchmarks.baselines.openvino_unet import read_openvino, trace_openvino
 from benchmarks.machine import describe
 from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
@@ -45,23 +46,30 @@ def main() -> None:
     options = _options()
     place = choose_device(options.device)
     dtype = choose_dtype(options.dtype, place)
-    unet = make_unet(options.model, dtype).to(place)
-    ways = {"ours": ours(unet, Accel.parse(options.accel), place, dtype), "diffusers": plain(unet, place, dtype)}
-    rows = []
-    for side in options.sizes:
-        inputs = inputs_of(unet.config, side)
-        if options.openvino:
-            ways["OpenVINO"] = openvino_unet(options.model, dtype, side, torch.get_num_threads())
-        rows.append(measure(ways, inputs, options.runs, compare=options.model not in SIZES))
-        work = roofline.unet_operations(unet.config, side, ROWS)
-        rows[-1] |= {"side": side}
-        rows[-1]["roofline"] = {
-            name: roofline.line(work, seconds, str(place), dtype) for name, seconds in rows[-1]["seconds"].items()
-        }
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # a run that is cut off has told what it knew
+    with tempfile.TemporaryDirectory() as folder:
+        sides = options.sizes if options.openvino else []
+        traced = trace_openvino(options.model, dtype, sides, Path(folder))  # before there is anything else in memory
+        rows = list(measured(options, place, dtype, traced))
     setting = {"model": options.model, "dtype": str(dtype).removeprefix("torch."), "accel": options.accel}
     result = {"benchmark": "unet_step", **setting, "threads": torch.get_num_threads(), "rows": rows}
     publish(_table(rows), result | {"machine": describe()}, options.out)
+
+
+def measured(
+    options: argparse.Namespace, place: torch.device, dtype: torch.dtype, traced: dict[int, Path]
+) -> Iterator[dict[str, Any]]:
+    """Time each size."""
+    unet = make_unet(options.model, dtype).to(place)
+    ways = {"ours": ours(unet, Accel.parse(options.accel), place, dtype), "diffusers": plain(unet, place, dtype)}
+    for side in options.sizes:
+        if side in traced:
+            ways["OpenVINO"] = read_openvino(traced[side], dtype, torch.get_num_threads())
+        row = measure(ways, inputs_of(unet.config, side), options.runs, compare=options.model not in SIZES)
+        work = roofline.unet_operations(unet.config, side, ROWS)
+        lines = {name: roofline.line(work, value, str(place), dtype) for name, value in row["seconds"].items()}
+        ways.pop("OpenVINO", None)
+        print(json.dumps(row := row | {"side": side, "roofline": lines}), file=sys.stderr, flush=True)
+        yield row
 
 
 def plain(unet: Any, place: torch.device, dtype: torch.dtype) -> Call:

@@ -20,13 +20,14 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from impasto.animate.motions import Pose
 from impasto.models.motion import motion_layers, with_motion
 from training.architecture import UNET_WIDTHS
 from training.art import subject_art
 from training.captions import caption
 from training.motion_files import MOTION, write_adapter
 from training.places import BUILTIN, CACHE
-from training.poses import PERIOD, Pose, pose, posed, rest
+from training.poses import PERIOD, pose, posed, rest
 from training.subjects import BACKGROUNDS, CAST, CAST_STYLE, STYLES, SUBJECTS
 from training.team import Team, together
 from training.tuning import SIDE, Frozen, Tuning
@@ -53,7 +54,7 @@ class Stage:
 class Course:
     """How long, how fast, and where the noise is."""
 
-    stages: tuple[Stage, ...] = (Stage(200, 2, 4), Stage(30, 1, 10))
+    stages: tuple[Stage, ...] = (Stage(850, 2, 4), Stage(200, 1, 10))
     rate: float = 2e-3  # falls in a straight line
     emphasis: float = 2.0  # see ``unet.importance``
     lowest: int = 600  # timestep of the least strength that is practised

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from impasto.animate.animator import Animator
 from impasto.engine.engine import Engine
-from impasto.types import Animation, GenerationRequest, ImageReady, VideoReady
+from impasto.types import LIMITS, Animation, GenerationRequest, ImageReady, Motion, VideoReady
 from training.motion_files import MOTION
 from training.places import GALLERY
 
-SUBJECTS = (
+SUBJECTS: tuple[tuple[Motion, str], ...] = (
     ("move", "a car on a yellow background"),
     ("bounce", "a frog on a blue background"),
     ("spin", "a star on a purple background"),
@@ -27,7 +27,7 @@ SUBJECTS = (
 )
 SEED = 1_000_003
 SIDE, MARGIN = 160, 24  # of a frame on the sheet, and of the lines of words, in pixels
-STEPS, GUIDANCE, STRENGTH = 20, 5.0, 0.8
+STEPS, GUIDANCE, STRENGTH = 20, 3.0, LIMITS.video_strength.default
 FRAMES, FPS = 8, 8
 Frames = NDArray[np.float64]
 
@@ -50,7 +50,7 @@ def still(engine: Engine, prompt: str, steps: int) -> Image.Image:
 
 
 def video(
-    animator: Animator, prompt: str, picture: Image.Image, frames: int, guidance: float, steps: int
+    animator: Animator, prompt: str, picture: Image.Image, animation: Animation, guidance: float, steps: int
 ) -> list[Image.Image]:
     """Its frames."""
     request = GenerationRequest(
@@ -62,7 +62,7 @@ def video(
         num_inference_steps=steps,
         guidance_scale=guidance,
         strength=STRENGTH,
-        animation=Animation(frames, FPS),
+        animation=animation,
     )
     return next(list(event.frames) for event in animator.animate(request) if isinstance(event, VideoReady))
 
@@ -99,6 +99,7 @@ def main() -> None:
     asked.add_argument("--guidance", type=float, default=GUIDANCE)
     asked.add_argument("--steps", type=int, default=STEPS)
     asked.add_argument("--motions", nargs="*", default=[motion for motion, _ in SUBJECTS])
+    asked.add_argument("--still", action="store_true", help="leave all motion to the adapter")
     asked.add_argument("--figure", type=Path, default=GALLERY / "motion.jpg")
     chosen = asked.parse_args()
     engine = Engine.load("builtin", dtype="float32", max_batch=1)
@@ -107,7 +108,8 @@ def main() -> None:
     for motion, prompt in SUBJECTS:
         if motion in chosen.motions:
             picture = still(engine, prompt, chosen.steps)
-            frames = video(animator, prompt, picture, chosen.frames, chosen.guidance, chosen.steps)
+            animation = Animation(chosen.frames, FPS, "none" if chosen.still else motion)
+            frames = video(animator, prompt, picture, animation, chosen.guidance, chosen.steps)
             print(motion, measure(picture, frames), flush=True)
             rows.append((f"{motion}: {prompt}, seed {SEED}", frames))
             chosen.figure.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ LIMIT_BYTES = 8_000_000
 README = """# The motion adapter of the built-in model
 
 Layers between the frames, in the layout of AnimateDiff's motion adapters (diffusers' `MotionAdapter`), for the built-in
-model only; experimental. They are to make a start picture move in a loop of eight frames, and after so short a training
-barely do. What moves how is told by what it is, not by words, of which the text encoders know none for motion:
+model only; experimental. They keep frames that begin with a moving picture one video. They were trained to move it by
+themselves as well, each subject in its way, in a loop of eight frames, and do so barely:
 
 | motion | subjects |
 |---|---|

@@ -6,8 +6,7 @@ compiled anew.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -70,12 +69,16 @@ def read_openvino(file: Path, dtype: torch.dtype, threads: int) -> Callable[...,
     return call
 
 
-def openvino_unet(model: str, dtype: torch.dtype, side: int, threads: int) -> Callable[..., Tensor]:
-    """Trace, compile, and return a UNet by the name of its model as a function of ``Denoiser.predict``'s inputs."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer = get_context("spawn").Process(target=write_openvino, args=(model, dtype, side, folder))
+def trace_openvino(model: str, dtype: torch.dtype, sides: Sequence[int], folder: Path) -> dict[int, Path]:
+    """Trace a model's UNet for each size, and return the files; full-size SDXL needs 15 GB meanwhile."""
+    files = {}
+    for side in sides:
+        place = folder / str(side)
+        place.mkdir()
+        writer = get_context("spawn").Process(target=write_openvino, args=(model, dtype, side, str(place)))
         writer.start()
         writer.join()
         if writer.exitcode:
             raise SystemExit("OpenVINO could not trace the UNet; see above, or leave it out with --no-openvino")
-        return read_openvino(Path(folder) / FILE, dtype, threads)
+        files[side] = place / FILE
+    return files

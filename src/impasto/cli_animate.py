@@ -6,7 +6,7 @@ Knows the rooms it asks, and how they look in a terminal. Holds no logic of its 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,14 +14,14 @@ from impasto.cli_options import lora_named, loras_by_option
 from impasto.cli_progress import denoising
 from impasto.config import GenerateSettings, Settings
 from impasto.errors import InvalidInput
-from impasto.types import LIMITS, Animation, GenerationRequest, Progress, VideoReady, parse_size
+from impasto.types import LIMITS, MOTIONS, Animation, GenerationRequest, Motion, Progress, VideoReady, parse_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from impasto.animate.animator import Animator
 
-STRENGTH, GUIDANCE, STEPS = 0.8, 5.0, 20
+STRENGTH, GUIDANCE, STEPS = LIMITS.video_strength.default, 5.0, 20
 
 
 def _range(what: str, low: float, high: float) -> str:
@@ -35,6 +35,9 @@ def animate(
     frames: Annotated[int, typer.Option("--frames", help=_range("Frames", LIMITS.frames.low, LIMITS.frames.high))] = 16,
     fps: Annotated[int, typer.Option("--fps", help=_range("Frames a second", LIMITS.fps.low, LIMITS.fps.high))] = 8,
     strength: Annotated[float, typer.Option("--strength", help="How far from the start picture, up to 1.")] = STRENGTH,
+    motion: Annotated[
+        str, typer.Option("--motion", help=f"How it moves from the outset: {', '.join(MOTIONS)}.")
+    ] = "auto",
     negative: Annotated[str | None, typer.Option("--negative", help="What to keep out of the video.")] = None,
     size: Annotated[str | None, typer.Option("--size", help="W*H in pixels; by default the picture's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps; the share --strength of them runs.")] = STEPS,
@@ -55,7 +58,7 @@ def animate(
 
         impasto animate frog.png --prompt "a frog on a blue background" -o frog.webm
 
-        impasto animate fox.png --prompt "a fox" --lora pixel-art:0.8 --frames 8 --fps 8 --seed 7 -o fox.webp
+        impasto animate fox.png --prompt "a fox" --lora pixel-art:0.8 --frames 8 --motion pulse --seed 7 -o fox.webp
 
     With SDXL's weights, the adapter for them has to be named:
 
@@ -86,7 +89,7 @@ def animate(
             strength=strength,
             image=picture,
             loras=tuple(lora_named(text, settings.model, config) for text in settings.lora),
-            animation=Animation(frames, fps),
+            animation=Animation(frames, fps, cast(Motion, motion)),
         )
         _run(request, settings, Settings.load(config, {"model": settings.model}), adapter, output)
 

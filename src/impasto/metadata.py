@@ -17,7 +17,7 @@ from typing import Final
 
 from PIL import Image
 
-from impasto.types import ACCELERATIONS, GenerationRequest
+from impasto.types import ACCELERATIONS, Animation, GenerationRequest
 
 KEYWORD: Final = "parameters"
 MAX_PROMPT_CHARS: Final = 10_000  # of each prompt; longer ones are cut, and the cut is shown
@@ -91,9 +91,13 @@ def _settings(
         "Model": model.name,
         **({"Denoising strength": f"{request.strength:g}"} if request.image is not None else {}),
         **({"Acceleration": request.acceleration} if request.acceleration != ACCELERATIONS[0] else {}),
-        **({"Frames": request.animation.frames, "FPS": request.animation.fps} if request.animation else {}),
+        **(_of_video(request.animation) if request.animation else {}),
         **({"Hashes": json.dumps(hashes)} if hashes else {}),
     }
+
+
+def _of_video(animation: Animation) -> dict[str, object]:
+    return {"Frames": animation.frames, "FPS": animation.fps, "Motion": animation.motion}
 
 
 def _quoted(value: object) -> str:

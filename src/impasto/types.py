@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from impasto.errors import InvalidInput
 
@@ -47,6 +47,8 @@ PromptSyntax = Literal["plain", "weighted"]
 PROMPT_SYNTAXES: Final[tuple[PromptSyntax, ...]] = ("plain", "weighted")
 Acceleration = Literal["exact", "balanced", "fast"]  # what the approximate ones leave out is in engine/pace.py
 ACCELERATIONS: Final[tuple[Acceleration, ...]] = ("exact", "balanced", "fast")
+Motion = Literal["auto", "none", "move", "bounce", "spin", "pulse"]
+MOTIONS: Final[tuple[Motion, ...]] = get_args(Motion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Limits:
     reuse_features: Bounds = Bounds(1, 10, 1)
     frames: Bounds = Bounds(8, 32, 16)
     fps: Bounds = Bounds(1, 30, 8)  # frames a second
+    video_strength: Bounds = Bounds(0.01, 1, 0.5)
     max_embeddings: int = 20
     lora_scale: Bounds = Bounds(0, 4, 1)
     max_loras: int = 5
@@ -124,7 +127,11 @@ class EmbeddingRef:
 
 @dataclass(frozen=True, slots=True)
 class Animation:
-    """How long a video is that a picture is made to move for.
+    """How long a video is that a picture is made to move for, and how it moves from the outset.
+
+    Attributes:
+        motion: One of ``MOTIONS``. ``auto`` is ``bounce`` with the built-in motion adapter, which moves little by
+            itself, and ``none`` with others.
 
     Raises:
         InvalidInput: A value is out of range; ``field`` says which.
@@ -132,6 +139,7 @@ class Animation:
 
     frames: int = int(LIMITS.frames.default)
     fps: int = int(LIMITS.fps.default)  # frames a second
+    motion: Motion = "auto"
 
     def __post_init__(self) -> None:
         for name in ("frames", "fps"):
@@ -139,6 +147,8 @@ class Animation:
                 raise InvalidInput(name, f"must be a whole number, got {str(getattr(self, name))[:40]}")
             bounds: Bounds = getattr(LIMITS, name)
             bounds.check(name, getattr(self, name))
+        if self.motion not in MOTIONS:
+            raise InvalidInput("motion", f"must be one of {', '.join(MOTIONS)}, got {str(self.motion)[:40]!r}")
 
 
 @dataclass(frozen=True, slots=True)

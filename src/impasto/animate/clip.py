@@ -39,8 +39,8 @@ class Clip:
     Attributes:
         request_id: Whose it is.
         flight: What the engine's admission made of the request: LoRAs, their reports, times.
-        clean: Latents of the start picture, ``[4, h, w]``.
-        noise: What the start picture was noised with, ``[F, 4, h, w]``.
+        starts: Latents of the start picture, moved along for each frame, ``[F, 4, h, w]``; the first is at rest.
+        noise: What they were noised with, ``[F, 4, h, w]``.
         latents: All frames at the noise level of the next call, ``[F, 4, h, w]``, float32.
         leg: The network calls to make.
         call: Which of them is next.
@@ -53,7 +53,7 @@ class Clip:
     conditioning: Conditioning
     generator: torch.Generator
     leg: Leg
-    clean: Tensor
+    starts: Tensor
     noise: Tensor
     latents: Tensor = field(init=False)
     call: int = field(init=False)
@@ -63,7 +63,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         self.call = self.leg.first
-        self.latents = self.clean + self.sigma * self.noise
+        self.latents = self.starts + self.sigma * self.noise
 
     @property
     def sigma(self) -> float:
@@ -101,7 +101,7 @@ class Clip:
         latents, self.memory = self.sampler.step(moment)
         if moment.last:
             latents = latents / (moment.sigma_next**2 + 1) ** 0.5
-        held = self.clean + (0.0 if moment.last else moment.sigma_next) * self.noise[0]
+        held = self.starts[0] + (0.0 if moment.last else moment.sigma_next) * self.noise[0]
         self.latents = torch.cat([held[None], latents[1:]])
         self.denoised = denoised
         self.call += 1

@@ -14,6 +14,7 @@ from impasto.api.fields import Choice, Field, Flag, Integer, Loras, Number, Pict
 from impasto.types import (
     ACCELERATIONS,
     LIMITS,
+    MOTIONS,
     OUTPUT_FORMATS,
     REFINE_MODES,
     SCHEDULER_ALIASES,
@@ -114,10 +115,18 @@ def _work(ranges: Ranges) -> Iterable[Field]:
 def _video() -> tuple[Field, ...]:
     """Return the form of image to video: the words are those of pictures; frames stand in place of their number."""
     picture = Picture("image", "The picture that the video begins with: a URL, data URI or base64.")
-    strength = Number("strength", "How far the frames may go from the start picture.", LIMITS.strength)
+    strength = Number("strength", "How far the frames may go from the start picture.", LIMITS.video_strength)
+    motion = Choice(
+        "motion",
+        "How the picture is moved before it is drawn over, one loop a second. `auto`: `bounce` with the built-in "
+        "motion adapter, which moves little by itself; `none` with others.",
+        MOTIONS[0],
+        MOTIONS,
+    )
     own = (
         Integer("frames", "Frames of the video; the motion adapter may take fewer.", LIMITS.frames),
         Integer("fps", "Frames a second.", LIMITS.fps),
+        motion,
     )
     work = tuple(field for field in _work(VIDEO) if field.name != "num_images")
     shared = {field.name: field for field in _extras(VIDEO)}

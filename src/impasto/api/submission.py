@@ -102,7 +102,9 @@ class Submission:
         """Return what the engine is asked for."""
         request = GenerationRequest(**{name: self.values[name] for name in PLAIN_FIELDS if name in self.values})
         width, height = self.values["size"]
-        animation = Animation(self.values[VIDEO_FIELD], self.values["fps"]) if VIDEO_FIELD in self.values else None
+        animation = None
+        if VIDEO_FIELD in self.values:
+            animation = Animation(self.values[VIDEO_FIELD], self.values["fps"], self.values["motion"])
         loras = tuple(self.values.get(LORAS, ()))
         return replace(request, width=width, height=height, loras=loras, animation=animation)
 

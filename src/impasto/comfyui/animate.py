@@ -26,7 +26,7 @@ from impasto.engine.engine import Engine
 from impasto.errors import LoraError
 from impasto.models.catalog import BUILTIN
 from impasto.safety.gate import SafetyGate
-from impasto.types import LIMITS, Animation, Bounds, Failed, GenerationRequest, Preview, Progress, VideoReady
+from impasto.types import LIMITS, MOTIONS, Animation, Bounds, Failed, GenerationRequest, Preview, Progress, VideoReady
 
 ANIMATORS: Final[WeakKeyDictionary[Engine, tuple[str, Animator]]] = WeakKeyDictionary()  # they go with their engines
 
@@ -61,7 +61,14 @@ class ImageToVideo(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types
                 io.String.Input("negative_prompt", multiline=True, default="", tooltip="What it should not show."),
                 _whole("frames", LIMITS.frames, "Frames of the video."),
                 _whole("fps", LIMITS.fps, "Frames a second."),
-                io.Float.Input("strength", default=0.8, min=0.01, max=1.0, step=0.01, tooltip="How far frames may go."),
+                io.Float.Input(
+                    "strength",
+                    default=LIMITS.video_strength.default,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far frames may go.",
+                ),
                 _whole("width", LIMITS.video_side, "In pixels.", LIMITS.side_multiple),
                 _whole("height", LIMITS.video_side, "In pixels.", LIMITS.side_multiple),
                 io.Int.Input("num_inference_steps", default=20, min=1, max=50, tooltip="Denoising steps."),
@@ -69,6 +76,13 @@ class ImageToVideo(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types
                 io.Int.Input("seed", default=0, min=0, max=int(LIMITS.seed.high), control_after_generate=True),
                 io.Boolean.Input("enable_safety_checker", default=True, tooltip="A flagged frame comes out black."),
                 LoraStack.Input("lora_stack", optional=True, tooltip=f"Up to {LIMITS.max_loras} LoRAs."),
+                io.Combo.Input(
+                    "motion",
+                    options=list(MOTIONS),
+                    default=MOTIONS[0],
+                    optional=True,
+                    tooltip="How the picture is moved from the outset; auto: bounce with the built-in motion adapter.",
+                ),
             ],
             outputs=[
                 io.Video.Output("video", display_name="video"),
@@ -90,7 +104,7 @@ class ImageToVideo(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types
             negative_prompt=values["negative_prompt"] or None,
             image=one_picture("image", values["image"]),
             loras=tuple(local.loras_of(stack)),
-            animation=Animation(values["frames"], values["fps"]),
+            animation=Animation(values["frames"], values["fps"], values.get("motion") or MOTIONS[0]),
             **{name: values[name] for name in names},
         )
         wanted = Wanted.now(None if checkpoint == BUILTIN else checkpoint_file(checkpoint), None)
