@@ -84,7 +84,7 @@ def ours(unet: Any, accel: Accel, place: torch.device, dtype: torch.dtype) -> Ca
     twin.load_state_dict(unet.state_dict(), assign=True)
     accelerate(twin.requires_grad_(False).eval(), accel, place)
     denoiser = _denoiser(twin, place, dtype)
-    denoiser.spread = spread_rows(accel, place, dtype)
+    denoiser.spread = spread_rows(twin, accel, place)
     return denoiser.predict
 
 

@@ -274,7 +274,7 @@ def test_auto_is_what_was_measured_to_pay_on_a_device():
         for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16))
     )
     assert full.vae_channels_last and full.keep_prompts and full.channels_last and not full.blocked_attention
-    assert half.blocked_attention and half.spread_rows and full.spread_rows and not gpu.spread_rows
+    assert half.blocked_attention
     assert gpu.fuse_projections and gpu.channels_last and not gpu.prepack
     for accel in (full, half, gpu):
         assert not accel.compile and not accel.cuda_graphs and not accel.static_shapes

@@ -1,6 +1,7 @@
 """Rows divided among threads: the same answers, failures that come out, and threads that are left as they were."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from impasto.engine.accel import Accel
+from impasto.engine.accel import Accel, spread_rows
 from impasto.engine.engine import Engine
 from impasto.models.spread import Spread, parts_of
 from impasto.types import GenerationRequest, ImageReady, LoraRef
@@ -106,6 +107,19 @@ def test_pictures_are_the_plain_ones_with_and_without_loras(tmp_path, wanted):
         exact, given = pixels(plain, loras), pixels(fast, loras)
         assert (exact - given).abs().max() <= 1
         assert (exact - without).abs().max() > 1 or not loras
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_auto_divides_the_rows_of_narrow_networks_alone(tmp_path):
+    """Wide ones have operations that are long enough to be divided, and asking is asking."""
+    unet = UNet2DConditionModel.from_pretrained(save_random_sdxl(tmp_path / "m") / "unet")
+    cpu, auto, asked = torch.device("cpu"), Accel(auto=True), Accel(spread_rows=True)
+    assert spread_rows(unet, auto, cpu) is not None
+    assert spread_rows(unet, Accel(), cpu) is None
+    assert spread_rows(unet, replace(auto, compile=True), cpu) is None
+    unet.register_to_config(block_out_channels=(320, 640, 1280))
+    assert spread_rows(unet, auto, cpu) is None
+    assert spread_rows(unet, asked, cpu) is not None
 
 
 def random_lora(folder, path):

@@ -61,6 +61,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 Tiling = Literal["auto", "on", "off"]
 BACKEND: Final = "inductor"  # torch's compiler
 COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
+NARROW: Final = 256  # channels: measured at 128 (rows) and at 1,280 (operations)
 ROOM: Final = 2  # times the packed weights must be free before they are made: as much is left for all else
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
@@ -138,7 +139,7 @@ def accelerate_model(model: Any, accel: Accel) -> None:
     """Set all UNets and the VAE of an ``Sdxl`` up as ``accel`` says, in place, after they were loaded."""
     for denoiser in filter(None, (model.base, model.refiner)):
         accelerate(denoiser.unet, accel, model.devices.unet)
-        denoiser.spread = spread_rows(accel, denoiser.device, denoiser.dtype)
+        denoiser.spread = spread_rows(denoiser.unet, accel, denoiser.device)
     accelerate_vae(model.vae.network, accel, model.devices.vae)
 
 
@@ -182,14 +183,19 @@ def accelerate_vae(vae: Any, accel: Accel, device: torch.device) -> None:
         compile_whole(vae.decoder)
 
 
-def spread_rows(accel: Accel, device: torch.device, dtype: torch.dtype) -> Spread | None:
-    """Return what divides calls by rows, where that is on and the device is a CPU with several threads."""
-    accel = suited(accel, device, dtype) if accel.auto else accel
+def spread_rows(unet: Any, accel: Accel, device: torch.device) -> Spread | None:
+    """Return what divides calls by rows, where that is on and the device is a CPU with several threads.
+
+    ``auto`` takes it for narrow networks, whose operations are too short to be divided well; wide ones lose by smaller
+    products more than they gain.
+    """
     threads = torch.get_num_threads()
-    if not accel.spread_rows or threads == 1:
+    narrow = accel.auto and device.type == "cpu" and max(unet.config.block_out_channels) <= NARROW
+    if not (accel.spread_rows or narrow) or threads == 1:
         return None
     if device.type != "cpu" or accel.compile or accel.static_shapes:
-        log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
+        if accel.spread_rows:
+            log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
         return None
     return Spread(threads)
 
@@ -203,8 +209,7 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
         half = dtype == torch.bfloat16
         packs = can_pack(device, dtype)
         ways = replace(accel, keep_prompts=True, prepack=packs, blocked_attention=half)
-        alone = not (accel.compile or accel.static_shapes)
-        return replace(ways, channels_last=True, vae_channels_last=True, spread_rows=alone)
+        return replace(ways, channels_last=True, vae_channels_last=True)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
     return accel
