@@ -35,18 +35,14 @@ def animate(
     frames: Annotated[int, typer.Option("--frames", help=_range("Frames", LIMITS.frames.low, LIMITS.frames.high))] = 16,
     fps: Annotated[int, typer.Option("--fps", help=_range("Frames a second", LIMITS.fps.low, LIMITS.fps.high))] = 8,
     strength: Annotated[float, typer.Option("--strength", help="How far from the start picture, up to 1.")] = STRENGTH,
-    motion: Annotated[
-        str, typer.Option("--motion", help=f"How it moves from the outset: {', '.join(MOTIONS)}.")
-    ] = "auto",
+    motion: Annotated[str, typer.Option("--motion", help=f"How it moves: {', '.join(MOTIONS)}.")] = MOTIONS[0],
     negative: Annotated[str | None, typer.Option("--negative", help="What to keep out of the video.")] = None,
     size: Annotated[str | None, typer.Option("--size", help="W*H in pixels; by default the picture's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps; the share --strength of them runs.")] = STEPS,
     guidance: Annotated[float, typer.Option("--guidance", help="Pull of the prompt; 0 and 1: off.")] = GUIDANCE,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same video; -1 draws one.")] = -1,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="NAME or NAME:SCALE; up to five times.")] = None,
-    motion_adapter: Annotated[
-        str | None, typer.Option("--motion-adapter", help="builtin, a folder, or owner/name of the hub.")
-    ] = None,
+    motion_adapter: Annotated[str | None, typer.Option("--motion-adapter", help="builtin, folder or hub id.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="As elsewhere. (IMPASTO_MODEL)")] = None,
     device: Annotated[str | None, typer.Option("--device", help="As elsewhere. (IMPASTO_DEVICE)")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="As elsewhere. (IMPASTO_DTYPE)")] = None,
