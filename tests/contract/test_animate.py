@@ -112,6 +112,7 @@ def test_what_is_not_given_has_the_defaults_of_the_form(stack: Stack) -> None:
         ({"frames": 7}, "frames"),
         ({"frames": 33}, "frames"),
         ({"frames": 8.5}, "frames"),
+        ({"motion": "fly"}, "motion"),
         ({"fps": 0}, "fps"),
         ({"fps": 31}, "fps"),
         ({"size": "1536*512"}, "size"),
