@@ -39,6 +39,7 @@ from benchmarks import roofline
 from benchmarks.machine import describe
 from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
+from benchmarks.unets import inputs_of
 from benchmarks.ways import Ours
 from benchmarks.weights import SIZES, model_folder
 from impasto.engine.pace import Pace, pace_of
@@ -167,16 +168,8 @@ def compose(ours: Ours, side: int, options: argparse.Namespace) -> list[dict[str
 def _call_seconds(ours: Ours, side: int, kinds: list[Kind], runs: int) -> dict[Kind, float]:
     """Median seconds of each kind of call, after one that does not count."""
     denoiser, found = ours.engine._model.base, {}
-    config, cells = denoiser.unet.config, side // roofline.CELL
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     for rows in sorted({kind.rows for kind in kinds}):
-        given = (
-            torch.randn(rows, 4, cells, cells),
-            torch.full((rows,), 500.0),
-            torch.randn(rows, roofline.TOKENS, config.cross_attention_dim),
-            torch.randn(rows, pooled),
-            torch.full((rows, 6), float(side)),
-        )
+        given = inputs_of(denoiser.unet.config, side, rows)
         features = denoiser.predict_keeping(*given)[1]
         calls: dict[str, Callable[[], object]] = {
             "plain": lambda: denoiser.predict(*given),  # noqa: B023  (called before the next round)

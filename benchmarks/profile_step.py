@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import roofline
 from benchmarks.options import engine_options
+from benchmarks.unets import inputs_of
 from benchmarks.ways import Ours
 from benchmarks.weights import model_folder
 from impasto.engine.accel import choose_device
@@ -31,15 +32,7 @@ def main() -> None:
         print(f"\n# {accel or 'plain'}")
         model = Ours(folder, options.device, options.dtype, accel).engine._model
         denoiser, side = model.base, options.side // roofline.CELL
-        config, place = denoiser.unet.config, model.device
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs = (
-            torch.randn(2, 4, side, side, device=place),
-            torch.full((2,), 500.0, device=place),
-            torch.randn(2, roofline.TOKENS, config.cross_attention_dim, device=place),
-            torch.randn(2, pooled, device=place),
-            torch.full((2, 6), float(options.side), device=place),
-        )
+        inputs = tuple(tensor.to(model.device) for tensor in inputs_of(denoiser.unet.config, options.side))
         latents = torch.randn(4, side, side)
         _show("one UNet call", lambda: denoiser.predict(*inputs), options)  # noqa: B023
         _show("one decode", lambda: model.vae.decode(latents), options)  # noqa: B023

@@ -24,14 +24,14 @@ def make_unet(model: str, dtype: torch.dtype) -> Any:
     return UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype).requires_grad_(False).eval()
 
 
-def inputs_of(config: Any, side: int) -> tuple[Tensor, ...]:
-    """Random inputs of a guided step, as ``Denoiser.predict`` takes them."""
+def inputs_of(config: Any, side: int, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Random inputs of a UNet call, by default a guided step's, as ``Denoiser.predict`` takes them."""
     torch.manual_seed(0)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return (
-        torch.randn(ROWS, config.in_channels, side // roofline.CELL, side // roofline.CELL),
-        torch.full((ROWS,), 500.0),
-        torch.randn(ROWS, roofline.TOKENS, config.cross_attention_dim),
-        torch.randn(ROWS, pooled),
-        torch.full((ROWS, 6), float(side)),
+        torch.randn(rows, config.in_channels, side // roofline.CELL, side // roofline.CELL),
+        torch.full((rows,), 500.0),
+        torch.randn(rows, roofline.TOKENS, config.cross_attention_dim),
+        torch.randn(rows, pooled),
+        torch.full((rows, 6), float(side)),
     )

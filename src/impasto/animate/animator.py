@@ -28,11 +28,12 @@ from impasto.animate.network import VideoNetwork
 from impasto.engine.engine import Engine
 from impasto.engine.latents import seeded
 from impasto.engine.legs import plan_legs
+from impasto.engine.outcome import failed
 from impasto.engine.parts import parts_of
 from impasto.engine.pictures import Start
 from impasto.engine.samplers import SAMPLERS
 from impasto.engine.samplers.moment import denoise, guided, rescaled, scale_input
-from impasto.errors import ImpastoError, InvalidInput
+from impasto.errors import InvalidInput
 from impasto.models.catalog import BUILTIN
 from impasto.types import LIMITS, Event, Failed, Finished, GenerationRequest, Preview, Progress, VideoReady
 
@@ -102,11 +103,9 @@ class Animator:
         request_id = next(iter(self._pending)) if self._clip is None else self._clip.request_id
         try:
             return self._step()
-        except Exception as error:
-            if not isinstance(error, ImpastoError):
-                log.error("request %s failed", request_id, exc_info=error)
+        except Exception as error:  # noqa: BLE001  (the next video goes on)
             self.cancel(request_id)
-            return [Failed(request_id, error.with_traceback(None))]
+            return [failed(request_id, error)]
 
     def _runs(self, request_id: str) -> bool:
         return self._clip is not None and self._clip.request_id == request_id
