@@ -74,7 +74,6 @@ def main() -> None:
         for sets in options.sets:
             names = named(files, sets, Path(scratch))
             rows += measure(options, ours, peer, names, work)
-            print(json.dumps(rows[-4:]), file=sys.stderr, flush=True)  # a run that is cut off has told what it knew
     setting = {name: getattr(options, name) for name in ("model", "device", "dtype", "accel", "requests", "load")}
     result = {"benchmark": "throughput", **setting, "rows": rows, "machine": describe()}
     publish(_table(rows), result, options.out)
@@ -103,9 +102,13 @@ def _both(
     ours: Engine, peer: Diffusers | None, load: Sequence[Arrival], setting: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Serve one load both ways, one after the other."""
+    before = ours.usage()
     rows = [setting | {"way": "ours"} | summary(load, serve_ours(ours, load))]
+    rows[0] |= {name: round(ours.usage()[name] - before[name], 3) for name in ("lora_switches", "lora_switch_seconds")}
+    print(json.dumps(rows[0]), file=sys.stderr, flush=True)  # a run that is cut off has told what it knew
     if peer is not None:
         rows.append(setting | {"way": "one by one"} | summary(load, serve_peer(peer, load)))
+        print(json.dumps(rows[1]), file=sys.stderr, flush=True)
     return rows
 
 

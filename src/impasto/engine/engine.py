@@ -25,6 +25,7 @@ from PIL import Image
 from impasto.engine.accel import Accel, accelerate_model, in_tiles
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
+from impasto.engine.batching import BatchTimes
 from impasto.engine.legs import Stage
 from impasto.engine.memory import BatchLimits, MemoryGauge, allocated, free_memory
 from impasto.engine.mixing import SwitchCosts
@@ -81,6 +82,7 @@ class Engine:
         self._limits = BatchLimits(self._gauge, HALVES * max_batch)  # a guided image is two rows of the network
         self._scheduler = Scheduler(max_batch)
         self._costs = SwitchCosts()
+        self._times = BatchTimes()
         self._pending: dict[str, tuple[GenerationRequest, int]] = {}  # with the steps between previews
         self._running: dict[str, InFlight] = {}
         self._rows: dict[int, Row] = {}
@@ -212,7 +214,7 @@ class Engine:
         for request_id in list(self._pending):
             events += self._admit(request_id, *self._pending.pop(request_id))
         self._scheduler.patience = self._costs.patience(len({self._part(row) for row in self._rows.values()}))
-        moving = self._scheduler.next_rows()
+        moving = self._scheduler.next_rows(self._share)
         if moving:
             events += self._move(moving)
         return events
@@ -245,8 +247,12 @@ class Engine:
         return self._adapters.touching(self._running[row.request_id].loras, PATCHED[row.leg.stage])
 
     def _size(self, row: Row) -> Hashable:
-        """What the memory of a row's next call depends on."""
+        """What the memory and the time of a row's next call depend on."""
         return row.leg.stage, tuple(row.latents.shape), row.shallow
+
+    def _share(self, row_id: int, ready: int) -> int:
+        """How many of the images that are ready should share the next call, by what calls were measured to take."""
+        return self._times.choose(self._size(self._rows[row_id]), ready)
 
     def _move(self, row_ids: list[int]) -> list[Event]:
         """Take one denoising step with these rows, in as many network calls as memory asks for."""
@@ -322,7 +328,9 @@ class Engine:
             else:
                 output = denoiser.predict(*inputs)
         ordered, prediction = combine(call, rows, output)  # waits for the device
-        self._costs.learn_step(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._costs.learn_step(seconds)
+        self._times.learn(self._size(rows[0]), len(rows), seconds)
         first = call.guided  # the negative half is spent
         clean = denoise(x[first:], prediction, sigma[first:], self._schedules[stage].prediction_type)
         moves = [row.moved(denoised) for row, denoised in zip(ordered, clean, strict=True)]

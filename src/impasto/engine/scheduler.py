@@ -10,7 +10,7 @@ rows in flight no row waits more than ``patience + n`` turns between two of its 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 PATIENCE = 8  # turns a row may be passed over by shorter ones
@@ -59,16 +59,21 @@ class Scheduler:
         for row_id in rows:
             self._tickets.pop(row_id, None)
 
-    def next_rows(self) -> list[int]:
+    def next_rows(self, share: Callable[[int, int], int] = lambda first, ready: ready) -> list[int]:
         """Choose the rows of the next call, at most ``max_batch`` of one bucket; empty when nothing waits.
 
         The chosen rows count as moved: a row that has run its last step is forgotten.
+
+        Args:
+            share: Of the row that goes first, and how many could go with it, itself included: how many shall, at
+                least 1.
         """
         if not self._tickets:
             return []
         first = min(self._tickets.values(), key=self._urgency)
         same = [ticket for ticket in self._tickets.values() if ticket.bucket == first.bucket]
-        chosen = sorted(same, key=self._urgency)[: self._max_batch]
+        ready = sorted(same, key=self._urgency)[: self._max_batch]
+        chosen = ready[: max(1, share(first.row_id, len(ready)))]
         self._advance(chosen)
         return [ticket.row_id for ticket in chosen]
 
