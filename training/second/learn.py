@@ -8,6 +8,7 @@ painted or worded.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from impasto.models.catalog import BUILTIN_FOLDER
 from training import architecture, checkpoint
 from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
@@ -150,6 +153,7 @@ class Run:
         self.vae = autoencoder.settled().to(device, memory_format=torch.channels_last)
         self.painter = self.beginner().to(device)
         machine.suit(self.painter.unet, device)
+        machine.suit_readers((self.painter.reader.first, self.painter.reader.second), device)
         self.average = checkpoint.Average(self.painter, course.decay)
         self.optimiser = torch.optim.AdamW(self.groups(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.shares = signal_shares().to(device)
@@ -161,7 +165,10 @@ class Run:
     def beginner(self) -> Painter:
         """The network before its first step."""
         made = Painter(self.course.widths)
-        start_unet(made.unet)
+        if self.course.warm_start:
+            made.unet.load_state_dict(first_edition(self.folder).state_dict())
+        else:
+            start_unet(made.unet)
         made.reader.load_state_dict(taught().state_dict())
         return made
 
@@ -306,6 +313,17 @@ def carry_on(run: Run, seconds: float) -> list[float]:
         run.keep()
         print(f"{course.name}: {run.step} steps, {run.samples} samples, {run.spent:.0f} s", flush=True)
     return losses
+
+
+def first_edition(folder: Path) -> UNet2DConditionModel:
+    """The first edition's UNet, kept in the cache from when it was still the one in the package."""
+    kept = folder / "first_edition"
+    if not kept.exists():
+        beside = kept.with_suffix(".part")
+        shutil.copytree(BUILTIN_FOLDER / "unet", beside, dirs_exist_ok=True)
+        beside.rename(kept)
+    made: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(kept, torch_dtype=torch.float32)
+    return made
 
 
 def painter(course: Course, folder: Path = SECOND) -> Painter:

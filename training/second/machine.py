@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from transformers import PreTrainedModel
 
 
 def device(wanted: str | None = None) -> torch.device:
@@ -25,3 +28,9 @@ def suit(unet: UNet2DConditionModel, place: torch.device) -> None:
     """Attention and memory layout for the device: on a CPU plain attention has the faster backward pass."""
     unet.set_attn_processor(AttnProcessor2_0() if place.type == "cuda" else AttnProcessor())
     unet.to(memory_format=torch.channels_last)
+
+
+def suit_readers(encoders: Iterable[PreTrainedModel], place: torch.device) -> None:
+    """The same for text encoders: the fused attention's backward pass takes a twelfth of a small step on a CPU."""
+    for encoder in encoders:
+        encoder.set_attn_implementation("sdpa" if place.type == "cuda" else "eager")
