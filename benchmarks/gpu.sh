@@ -15,7 +15,7 @@ OUT=${OUT:-out/gpu}
 PYTHON=${PYTHON:-python3}
 MODELS=${MODELS:-${TMPDIR:-/tmp}/impasto-models}
 PARTS=("$@")
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests latency switch throughput compiled beside cold profile fp8 recipe)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(tests latency switch throughput compiled beside cold profile fp8 decode recipe)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="src:." PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/impasto-inductor}
@@ -69,6 +69,9 @@ for name in "${PARTS[@]}"; do
     throughput)  # 100 sets should reach 90 % of one set's rate
       part throughput $((150 * MIN)) bash -c "bench throughput $GPU --accel $FAST --requests $REQUESTS --sets $SETS \
         --sizes $MIX_SIDES --steps $MIX_STEPS --ours-only --out $OUT/throughput.json" ;;
+    decode)  # the same load of one set, pictures decoded beside the steps: compare with throughput's first row
+      part decode $((80 * MIN)) bash -c "bench throughput $GPU --accel $FAST,decode_beside --requests $REQUESTS --sets 1 \
+        --sizes $MIX_SIDES --steps $MIX_STEPS --ours-only --out $OUT/throughput_decode.json" ;;
     beside)  # the same load, beside diffusers one by one
       part beside $((130 * MIN)) bash -c "bench throughput $GPU --accel $FAST --requests $((REQUESTS / 2)) \
         --sizes $MIX_SIDES --steps $MIX_STEPS --out $OUT/throughput_beside.json" ;;
@@ -84,7 +87,7 @@ for name in "${PARTS[@]}"; do
     recipe)  # torch's best published recipe; max-autotune takes its time, so it comes last
       part recipe $((260 * MIN)) bash -c "bench latency $GPU --sizes $SIDE --steps $STEPS --loras 0 --runs $RUNS \
         --accels $FAST --peers 'torch recipe' --out $OUT/latency_recipe.json" ;;
-    *) echo "no part $name: tests latency switch throughput compiled beside cold profile fp8 recipe" >&2; exit 2 ;;
+    *) echo "no part $name: tests latency switch throughput compiled beside cold profile fp8 decode recipe" >&2; exit 2 ;;
   esac
 done
 ls -l "$OUT"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -9,12 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from impasto.engine.accel import Accel, accelerate, accelerate_vae
+from impasto.engine.engine import Engine
 from impasto.engine.graphs import Graphed
 from impasto.engine.memory import BatchLimits, MemoryGauge
 from impasto.lora.apply import Adapters
 from impasto.models.reuse import predict_full, predict_shallow
 from impasto.models.tiling import decode
-from impasto.types import LoraRef
+from impasto.types import GenerationRequest, ImageReady, LoraRef
 from tests.random_sdxl import save_random_sdxl
 
 pytestmark = [
@@ -221,3 +223,22 @@ def test_the_limit_of_a_measured_call_does_not_run_out(unets):
     with gauge.measure() as large:
         answer(unets[0], rows=limits.limit("k"), side=64)
     assert large.bytes <= 1.25 * peak.bytes / 4 * limits.limit("k")
+
+
+def test_pictures_decoded_beside_the_steps_are_the_same():
+    """On a stream of its own, from latents that another stream has just written."""
+    requests = {
+        str(number): GenerationRequest("a red fox", width=256, height=256, num_inference_steps=2 + number, seed=number)
+        for number in range(4)
+    }
+    pictures = []
+    for beside in (False, True):
+        engine = Engine.load("builtin", device="cuda", dtype="float32", accel=Accel(decode_beside=beside))
+        for name, request in requests.items():
+            engine.submit(request, name)
+        events = []
+        while engine.busy:
+            events += engine.step()
+        pictures.append({e.request_id: np.asarray(e.image, int) for e in events if isinstance(e, ImageReady)})
+    assert pictures[0].keys() == pictures[1].keys() == requests.keys()
+    assert max(np.abs(pictures[0][name] - pictures[1][name]).max() for name in requests) <= 1

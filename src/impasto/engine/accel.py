@@ -81,6 +81,7 @@ class Accel:
         keep_prompts: On a CPU, keep what cross-attention makes of prompts between steps; implies fuse_projections.
         prepack: On a CPU, keep linear weights packed as well, as the matrix product reads them; implies
             fuse_projections.
+        decode_beside: Decode pictures on a thread of its own while others step; not with offload.
         spread_rows: On a CPU, divide the rows of a call among the threads, in place of each operation.
         fp8: Multiply in the UNet's large linear layers in 8 bits, with low-rank LoRAs in full beside: an approximation.
             Not with fuse_projections, nor with what implies it.
@@ -101,6 +102,7 @@ class Accel:
     blocked_attention: bool = False
     keep_prompts: bool = False
     prepack: bool = False
+    decode_beside: bool = False
     spread_rows: bool = False
     fp8: bool = False
     auto: bool = False
@@ -198,6 +200,14 @@ def spread_rows(unet: Any, accel: Accel, device: torch.device) -> Spread | None:
             log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
         return None
     return Spread(threads)
+
+
+def decodes_beside(accel: Accel) -> bool:
+    """Whether pictures are decoded beside the steps: where that is on and no network has to make room for another."""
+    if accel.decode_beside and accel.offload != "none":
+        log.warning("decode_beside is off: with offload=%s networks come and go one at a time", accel.offload)
+        return False
+    return accel.decode_beside
 
 
 def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:

@@ -22,10 +22,11 @@ from functools import partial
 import torch
 from PIL import Image
 
-from impasto.engine.accel import Accel, accelerate_model, in_tiles
+from impasto.engine.accel import Accel, accelerate_model, decodes_beside, in_tiles
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
 from impasto.engine.batching import BatchTimes
+from impasto.engine.decoding import Decoded, Decoding
 from impasto.engine.legs import Stage
 from impasto.engine.memory import BatchLimits, MemoryGauge, allocated, free_memory
 from impasto.engine.mixing import SwitchCosts
@@ -58,6 +59,7 @@ class Engine:
         max_batch: Most images that share one UNet call; fewer where memory, as measured, has no room for them.
         lora_memory_bytes: Main memory for LoRA files that were read lately; by default a share of what is free.
         lora_switch_bytes: Memory beside the weights for LoRAs that were on lately; by default a share of what is free.
+        decode_beside: Decode on a thread of its own while others step.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Engine:
         *,
         lora_memory_bytes: int | None = None,
         lora_switch_bytes: int | None = None,
+        decode_beside: bool = False,
     ) -> None:
         self._model = model
         self._stages: dict[Stage, Denoiser] = {"base": model.base}
@@ -83,6 +86,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch)
         self._costs = SwitchCosts()
         self._times = BatchTimes()
+        self._decoding = Decoding(model.vae, model.devices.vae, beside=decode_beside)
         self._pending: dict[str, tuple[GenerationRequest, int]] = {}  # with the steps between previews
         self._running: dict[str, InFlight] = {}
         self._rows: dict[int, Row] = {}
@@ -110,8 +114,7 @@ class Engine:
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``bfloat16,vae=float32`` excepts a part.
             max_batch: Most images that share one UNet call.
             accel: What makes it faster or smaller; nothing by default.
-            lora_memory_bytes: Main memory for LoRA files that were read lately; by default a share of what is free.
-            lora_switch_bytes: Memory beside the weights for LoRAs that were on lately; the same.
+            lora_memory_bytes: As the class's; ``lora_switch_bytes`` likewise.
 
         Raises:
             ModelError: Not an SDXL model, or it cannot be read.
@@ -132,7 +135,8 @@ class Engine:
             tiles=partial(in_tiles, accel.vae_tiling, MemoryGauge(devices.vae)),
         )
         accelerate_model(loaded, accel)
-        return cls(loaded, max_batch, lora_memory_bytes=lora_memory_bytes, lora_switch_bytes=lora_switch_bytes)
+        budgets = {"lora_memory_bytes": lora_memory_bytes, "lora_switch_bytes": lora_switch_bytes}
+        return cls(loaded, max_batch, **budgets, decode_beside=decodes_beside(accel))
 
     @property
     def busy(self) -> bool:
@@ -147,10 +151,9 @@ class Engine:
     def usage(self) -> dict[str, float]:
         """Return what it holds now and has done since it was loaded, for whoever watches it.
 
-        ``lora_switches`` (changes of a network's weights), ``lora_switch_seconds`` (theirs together),
-        ``lora_cache_hits`` and ``lora_cache_misses`` (sets that were ready in memory when a switch wanted them, or
-        not), ``lora_bytes`` (memory that makes switches fast), and where the device can tell ``device_bytes``
-        (that tensors take) and ``device_reserved_bytes`` (that the allocator holds).
+        ``lora_switches`` (changes of a network's weights) and their ``lora_switch_seconds``; ``lora_cache_hits`` and
+        ``lora_cache_misses`` (sets that were in memory when a switch wanted them, or not); ``lora_bytes`` (memory that
+        makes switches fast); where the device can tell, ``device_bytes`` and the allocator's ``device_reserved_bytes``.
         """
         adapters = self._adapters
         held = {"lora_bytes": float(sum(adapters.held_bytes.values()))}
@@ -159,11 +162,11 @@ class Engine:
     def preload(self, request: GenerationRequest, stop: Callable[[], bool] = lambda: False) -> None:
         """Read the LoRA files of a request to come and make them ready: its start then holds up nobody for that.
 
-        The one method that another thread may call, while this one steps, and it gives way to steps: beside them it
-        takes about five times as long as alone. ``stop`` says when nobody wants it any more.
+        The one method that another thread may call, while this one steps; beside steps it takes about five times as
+        long as alone. ``stop`` says when nobody wants it any more.
 
         Raises:
-            LoraError: A file cannot be used; the request would fail with the same. Or nobody wants it any more.
+            LoraError: A file cannot be used, as the request would find; or nobody wants it any more.
         """
         self._adapters.preload(request.loras, lambda: self.busy, stop)
 
@@ -181,8 +184,8 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: str) -> bool:
-        """Drop a request, and its events not yet delivered, before the next step; return whether it was here."""
-        self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
+        """Drop a request and its undelivered events; return whether it was here."""
+        _, self._undelivered = apart(self._undelivered, request_id)
         if self._pending.pop(request_id, None) is not None:
             return True
         return self._forget(request_id)
@@ -217,7 +220,8 @@ class Engine:
         moving = self._scheduler.next_rows(self._share)
         if moving:
             events += self._move(moving)
-        return events
+        decoded = self._decoding.done(patiently=not moving)
+        return events + [event for one in decoded for event in self._deliver(one)]
 
     def _has(self, request_id: str) -> bool:
         waiting = any(event.request_id == request_id for event in self._undelivered)
@@ -271,13 +275,11 @@ class Engine:
             sigma = max(row.sigma for row in flight.rows.values())
             events.append(Progress(request_id, flight.steps_done(), flight.steps, seconds, sigma, len(moved)))
         for row_id, row in moved.items():
-            if row_id not in self._rows:  # an image of the same request could not be delivered
-                continue
             if row.remaining:
                 self._scheduler.move(row_id, self._bucket(row))
                 events += self._preview(row)
             else:
-                events += self._deliver(row)
+                self._decoding.begin(row_id, row.latents)
         return events
 
     def _call(self, row_ids: list[int]) -> list[Event]:
@@ -307,9 +309,8 @@ class Engine:
 
     def _denoise(self, rows: list[Row]) -> None:
         """One UNet call over the rows, each at its own noise level; then each row's sampler moves it on."""
-        stage = rows[0].leg.stage
+        stage, call = rows[0].leg.stage, network_call(rows)
         denoiser, device = self._stages[stage], self._model.device
-        call = network_call(rows)
         x = torch.stack([rows[i].latents for i in call.order])
         sigma = torch.tensor([rows[i].sigma for i in call.order], device=device)
         timesteps = torch.stack([rows[i].timestep for i in call.order]).to(device)
@@ -343,8 +344,7 @@ class Engine:
         """Have a row's LoRAs on the network of its next call, and learn what putting them there took."""
         before = self._adapters.last_switch
         with self._adapters.active(self._running[row.request_id].loras, PATCHED[row.leg.stage]):
-            switch = self._adapters.last_switch
-            if switch is not None and switch is not before:
+            if (switch := self._adapters.last_switch) is not None and switch is not before:
                 self._costs.learn_switch(switch.seconds)
             yield
 
@@ -353,7 +353,8 @@ class Engine:
         """Learn what memory a network call takes."""
         with self._gauge.measure() as peak:
             yield
-        self._limits.learn(self._size(row), network_rows, peak.bytes)
+        if not self._decoding.beside:  # whose memory would count as the call's
+            self._limits.learn(self._size(row), network_rows, peak.bytes)
 
     def _preview(self, row: Row) -> list[Event]:
         """Show roughly what a row is becoming, where its request asked for it."""
@@ -368,17 +369,19 @@ class Engine:
             return []
         return [Preview(row.request_id, row.index, step, picture)]
 
-    def _deliver(self, row: Row) -> list[Event]:
-        """Decode a row that reached noise level 0, and put back what it was to keep."""
+    def _deliver(self, decoded: Decoded) -> list[Event]:
+        """Hand over a decoded picture, and put back what it was to keep."""
+        row = self._rows.get(decoded.row_id)
+        if row is None:  # dropped meanwhile
+            return []
         flight = self._running[row.request_id]
-        start = time.perf_counter()
         try:
-            pixels = self._model.vae.decode(row.latents).numpy()
+            pixels = decoded.pixels()
             picture = Image.fromarray(pixels if flight.start is None else flight.start.finish(pixels))
         except Exception as error:  # noqa: BLE001  (the other requests go on)
             self._forget(row.request_id)
             return [failed(row.request_id, error)]
-        flight.took("decode", time.perf_counter() - start)
+        flight.took("decode", decoded.seconds)
         events: list[Event] = [ImageReady(row.request_id, row.index, row.seed, picture)]
         flight.delivered += 1
         if flight.delivered == flight.request.num_images:

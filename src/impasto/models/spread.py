@@ -58,8 +58,8 @@ class Spread:
             return
         missing = range(len(self._workers), parts)
         self._workers += [ThreadPoolExecutor(1, f"rows-{number}") for number in missing]
-        wait([worker.submit(_limit, each) for worker in self._workers])
-        _limit(self._threads)  # what torch told the workers it would tell every new thread
+        wait([worker.submit(limit, each) for worker in self._workers])
+        limit(self._threads)  # what torch told the workers it would tell every new thread
         self._each = each
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spread:
@@ -71,7 +71,7 @@ def parts_of(rows: int, threads: int) -> int:
     return max(parts for parts in range(1, max(1, min(rows, threads)) + 1) if rows % parts == 0)
 
 
-def _limit(threads: int) -> None:
+def limit(threads: int) -> None:
     """Divide operations of the calling thread among so many."""
     torch.get_num_threads()  # a thread's first question sets it to what the last ``set_num_threads`` anywhere said
     torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ Knows pixels, latents and the VAE's own scale. Knows no noise, requests or files
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ Tiles = Callable[[int, torch.dtype], bool]
 
 
 class Vae:
-    """Encodes and decodes one picture at a time; takes and gives float32.
+    """Encodes and decodes one picture at a time, from any thread; takes and gives float32.
 
     Args:
         vae: diffusers' network.
@@ -38,11 +39,12 @@ class Vae:
         self._residence = residence
         self._tiles = tiles
         self._colours: Tensor | None = None
+        self._alone = threading.Lock()  # tiling and the float32 retry change the network for as long as a call lasts
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the latents ``[4, h, w]`` of a picture ``[3, 8h, 8w]`` in -1 to 1."""
         tiling = self._tiles(pixels[0].numel(), self.network.dtype)
-        with self._residence.using("vae", self.network):
+        with self._alone, self._residence.using("vae", self.network):
             mean, std = encode(self.network, pixels[None].to(self._device), tiling=tiling)
         shift, scale = self._normal()
         return (mean[0] - shift) / scale, std[0] / scale
@@ -52,7 +54,7 @@ class Vae:
         tiling = self._tiles(latents[0].numel() * PIXELS_PER_CELL**2, self.network.dtype)
         shift, scale = self._normal()
         unscaled = (latents.to(self._device) * scale + shift)[None]
-        with self._residence.using("vae", self.network):
+        with self._alone, self._residence.using("vae", self.network):
             return _bytes(decode(self.network, unscaled, tiling=tiling)[0])
 
     def preview(self, latents: Tensor) -> Tensor:
