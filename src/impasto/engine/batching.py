@@ -34,10 +34,15 @@ class BatchTimes:
         counts = self._seconds.setdefault(size, {})
         counts.setdefault(images, deque(maxlen=REMEMBERED)).append(max(seconds, 1e-9))
 
+    def usual(self, size: Hashable, images: int) -> float | None:
+        """Seconds that a call of so many images of a size usually takes; ``None`` until that is known."""
+        seconds = self._seconds.get(size, {}).get(images, ())
+        return statistics.median(seconds) if len(seconds) >= MEASURED else None
+
     def choose(self, size: Hashable, ready: int) -> int:
         """Return how many of ``ready`` images, at least 1, should share the next call: all, until fewer are known."""
-        known, counts = self._seconds.get(size, {}), candidates(ready)
-        unknown = [count for count in counts if len(known.get(count, ())) < MEASURED]
+        known = {count: self.usual(size, count) for count in candidates(ready)}
+        counts, unknown = list(known), [count for count, seconds in known.items() if seconds is None]
         turn = self._choices[size] = self._choices.get(size, 0) + 1
         if unknown and turn % EXPLORE == 0:
             return unknown[-1]
@@ -45,7 +50,7 @@ class BatchTimes:
             return counts[turn // RENEW % len(counts)]
         if ready in unknown:
             return ready
-        rates = {count: count / statistics.median(known[count]) for count in counts if count not in unknown}
+        rates = {count: count / seconds for count, seconds in known.items() if seconds is not None}
         return min(count for count, rate in rates.items() if rate >= NEAR * max(rates.values()))
 
 

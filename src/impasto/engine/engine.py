@@ -25,11 +25,10 @@ from PIL import Image
 from impasto.engine.accel import Accel, accelerate_model, decodes_beside, in_tiles
 from impasto.engine.admission import Admission
 from impasto.engine.batch import InFlight, Row, combine, features_of, keep_features, network_call
-from impasto.engine.batching import BatchTimes
+from impasto.engine.costs import Costs
 from impasto.engine.decoding import Decoded, Decoding
 from impasto.engine.legs import Stage
 from impasto.engine.memory import BatchLimits, MemoryGauge, allocated, free_memory
-from impasto.engine.mixing import SwitchCosts
 from impasto.engine.outcome import apart, failed
 from impasto.engine.placement import choose_devices, choose_dtypes
 from impasto.engine.samplers.moment import denoise, scale_input
@@ -84,8 +83,7 @@ class Engine:
         self._admission = Admission(model, self._adapters, self._schedules)
         self._limits = BatchLimits(self._gauge, HALVES * max_batch)  # a guided image is two rows of the network
         self._scheduler = Scheduler(max_batch)
-        self._costs = SwitchCosts()
-        self._times = BatchTimes()
+        self._costs = Costs()
         self._decoding = Decoding(model.vae, model.devices.vae, beside=decode_beside)
         self._pending: dict[str, tuple[GenerationRequest, int]] = {}  # with the steps between previews
         self._running: dict[str, InFlight] = {}
@@ -238,7 +236,7 @@ class Engine:
         self._running[request_id] = flight
         self._rows |= flight.rows
         for row_id, row in flight.rows.items():
-            self._scheduler.add(row_id, self._bucket(row), row.remaining)
+            self._scheduler.add(row_id, self._bucket(row), row.remaining, weight=row.latents[0].numel())
         return []
 
     def _bucket(self, row: Row) -> Hashable:
@@ -256,7 +254,7 @@ class Engine:
 
     def _share(self, row_id: int, ready: int) -> int:
         """How many of the images that are ready should share the next call, by what calls were measured to take."""
-        return self._times.choose(self._size(self._rows[row_id]), ready)
+        return self._costs.share(self._size(self._rows[row_id]), ready)
 
     def _move(self, row_ids: list[int]) -> list[Event]:
         """Take one denoising step with these rows, in as many network calls as memory asks for."""
@@ -319,7 +317,7 @@ class Engine:
             beside = [row.beside for i in call.order if (row := rows[i]).beside is not None]
             scaled = torch.cat([scaled, torch.stack(beside)], 1)
         inputs = (scaled, timesteps, call.tokens, call.pooled, call.time_ids)
-        with self._patched(rows[0]), self._measured(rows[0], len(call.order)):
+        with self._patched(rows[0]) as switch, self._measured(rows[0], len(call.order)):
             start = time.perf_counter()
             if rows[0].shallow:
                 output = denoiser.predict_shallow(*inputs, features_of(call, rows))
@@ -329,9 +327,7 @@ class Engine:
             else:
                 output = denoiser.predict(*inputs)
         ordered, prediction = combine(call, rows, output)  # waits for the device
-        seconds = time.perf_counter() - start
-        self._costs.learn_step(seconds)
-        self._times.learn(self._size(rows[0]), len(rows), seconds)
+        self._costs.learn(self._size(rows[0]), len(rows), time.perf_counter() - start, switch)
         first = call.guided  # the negative half is spent
         clean = denoise(x[first:], prediction, sigma[first:], self._schedules[stage].prediction_type)
         moves = [row.moved(denoised) for row, denoised in zip(ordered, clean, strict=True)]
@@ -340,13 +336,12 @@ class Engine:
             row.advance(move)
 
     @contextmanager
-    def _patched(self, row: Row) -> Iterator[None]:
-        """Have a row's LoRAs on the network of its next call, and learn what putting them there took."""
+    def _patched(self, row: Row) -> Iterator[float | None]:
+        """Have a row's LoRAs on the network of its next call; yields the seconds that took, if others were on."""
         before = self._adapters.last_switch
         with self._adapters.active(self._running[row.request_id].loras, PATCHED[row.leg.stage]):
-            if (switch := self._adapters.last_switch) is not None and switch is not before:
-                self._costs.learn_switch(switch.seconds)
-            yield
+            switch = self._adapters.last_switch
+            yield None if switch is None or switch is before else switch.seconds
 
     @contextmanager
     def _measured(self, row: Row, network_rows: int) -> Iterator[None]:

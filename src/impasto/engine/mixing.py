@@ -8,6 +8,9 @@ on switching. So patience of ``n k`` turns keeps the share where it should be; m
 a full-size step takes minutes and a switch a second, so ``k`` is 1 and nothing changes; on a GPU both take tens of
 milliseconds, and staying pays. Staying without more patience was simulated as well: it saves nothing, because the
 scheduler prefers the shortest job and so stays by itself until somebody's patience ends.
+
+Where steps are short, patience is counted in seconds: whoever is passed over for a few of them loses nothing, while
+turns for everybody make every job end late and switch at each turn (``benchmarks/LOG.md`` has the simulation).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from collections import deque
 from impasto.engine.scheduler import PATIENCE
 
 MOST_SHARE = 0.1  # of the time that switching should take
-MOST_PATIENCE = 64  # turns that a row may be passed over, however dear switches are
+PATIENCE_SECONDS = 4.0  # that a row may be passed over at any rate
+MOST_PATIENCE = 256  # turns that a row may be passed over, however dear switches are and however short steps
 REMEMBERED = 15  # measurements; the median of the latest ones, so that one slow first call does not count
 
 
@@ -42,7 +46,7 @@ class SwitchCosts:
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
 
     def learn_switch(self, seconds: float) -> None:
-        """Note what a switch took."""
+        """Note what a switch took, and made the call after it take longer."""
         self._switches.append(max(0.0, seconds))
 
     def learn_step(self, seconds: float) -> None:
@@ -54,7 +58,7 @@ class SwitchCosts:
         """Fewest steps between two switches that keep switching within its share; 1 until both costs are known."""
         if not self._switches or not self._steps:
             return 1
-        switch, step = statistics.median(self._switches), statistics.median(self._steps)
+        switch, step = statistics.median(self._switches), self._step
         least = switch * (1 - self._share) / self._share
         if least <= step:
             return 1
@@ -62,6 +66,11 @@ class SwitchCosts:
 
     def patience(self, sets: int) -> int:
         """Turns that a row may be passed over while rows of so many sets are in flight."""
-        if sets <= 1:
+        if not self._steps:
             return PATIENCE
-        return int(min(self._most_patience, max(PATIENCE, sets * self.stay)))
+        turns = PATIENCE_SECONDS / self._step if self._step else math.inf
+        return int(min(self._most_patience, max(PATIENCE, turns, sets * self.stay if sets > 1 else 0)))
+
+    @property
+    def _step(self) -> float:
+        return statistics.median(self._steps)

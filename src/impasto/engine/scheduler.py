@@ -1,9 +1,9 @@
 """Which images move at the next denoising step: buckets, fairness, and a bound on waiting. Pure Python.
 
-Knows row ids, what must agree for rows to share a network call, and how many steps each still needs.
+Knows row ids, what must agree for rows to share a network call, how many steps each still needs, and their weight.
 Knows no tensors: a property test drives it through thousands of schedules a second.
 
-The policy: the row that needs the fewest further steps goes first, so short jobs overtake long ones; a row that
+The policy: the row that has the least left to do goes first, so short jobs overtake long ones; a row that
 was passed over ``patience`` times goes before everything else, longest wait first, so nothing starves. With ``n``
 rows in flight no row waits more than ``patience + n`` turns between two of its steps.
 """
@@ -23,6 +23,7 @@ class Ticket:
     row_id: int
     bucket: Hashable  # rows with equal buckets may share a network call
     remaining: int  # steps still to run, at least 1
+    weight: float = 1.0  # what a step of it costs beside one of the others
     waited: int = field(default=0)  # turns since it last moved
 
 
@@ -44,11 +45,11 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def add(self, row_id: int, bucket: Hashable, remaining: int) -> None:
-        """Let a row take part from the next turn on."""
+    def add(self, row_id: int, bucket: Hashable, remaining: int, weight: float = 1.0) -> None:
+        """Let a row take part from the next turn on; ``weight`` is what a step of it costs beside one of the others."""
         if row_id in self._tickets or remaining < 1:
             raise ValueError(f"row {row_id}: already here, or nothing left to do")
-        self._tickets[row_id] = Ticket(row_id, bucket, remaining)
+        self._tickets[row_id] = Ticket(row_id, bucket, remaining, weight)
 
     def move(self, row_id: int, bucket: Hashable) -> None:
         """Put a row that is still here into another bucket: its next call is of another kind."""
@@ -77,11 +78,11 @@ class Scheduler:
         self._advance(chosen)
         return [ticket.row_id for ticket in chosen]
 
-    def _urgency(self, ticket: Ticket) -> tuple[int, int, int]:
+    def _urgency(self, ticket: Ticket) -> tuple[int, float, int]:
         """Sort key, smallest first: the starved by length of wait, then the shortest, then the oldest."""
         if ticket.waited >= self.patience:
             return (0, -ticket.waited, ticket.row_id)
-        return (1, ticket.remaining, ticket.row_id)
+        return (1, ticket.remaining * ticket.weight, ticket.row_id)
 
     def _advance(self, chosen: list[Ticket]) -> None:
         for ticket in self._tickets.values():
