@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from impasto.engine.engine import Engine
 from impasto.lora.inspect import inspect_lora
@@ -36,6 +37,7 @@ from training.second.course import COURSES, TINY
 from training.second.evaluate import Seen
 from training.second.hand import Hand
 from training.second.learn import Painter
+from training.second.optimiser import MuonBesideAdamW
 from training.second.reading import LENGTH
 from training.second.scene import Frame, Thing, held_out
 from training.second.subjects import COLOURS, subjects
@@ -234,3 +236,44 @@ def test_the_evaluation_runs_from_prompts_to_the_card(tmp_path: Path, monkeypatc
     assert report["composed"]["place"]["place"] == 1
     assert grid.size[0] == evaluate.COLUMNS * 160
     assert "Refiner: none ships" in model_card.text({"edition": "second"} | report)
+
+
+def layers() -> nn.Sequential:
+    """A kernel, a matrix, a narrow kernel and vectors."""
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 3, 3), nn.Flatten()
+    )
+    made.append(nn.Linear(12, 5))
+    return made.to(memory_format=torch.channels_last)
+
+
+def learned(network: nn.Sequential, optimiser: MuonBesideAdamW, steps: int) -> float:
+    """The loss after so many steps on one batch."""
+    inputs, wanted = torch.linspace(-1, 1, 4 * 8 * 36).view(4, 8, 6, 6), torch.eye(4, 5)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (network(inputs) - wanted).square().mean().backward()
+        optimiser.step()
+    return (network(inputs) - wanted).square().mean().item()
+
+
+def test_muon_beside_adamw_changes_every_parameter_and_goes_on_after_a_stop():
+    """Kernels through their views; a run that is stopped and taken up again ends where one in a piece does."""
+    whole, halves = layers(), layers()
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    optimiser = MuonBesideAdamW(whole.parameters(), (), 2.5, 0.2)
+    first = learned(whole, optimiser, 0)
+    last = learned(whole, optimiser, 20)
+    assert last < 0.5 * first
+    assert all((value != before[name]).any() for name, value in whole.state_dict().items())
+    earlier = MuonBesideAdamW(halves.parameters(), (), 2.5, 0.2)
+    learned(halves, earlier, 10)
+    later = MuonBesideAdamW(halves.parameters(), (), 2.5, 0.2)
+    later.load_state_dict(earlier.state_dict())
+    assert learned(halves, later, 10) == pytest.approx(last, rel=1e-5)
+
+
+def test_muon_refuses_kernels_it_cannot_see_as_matrices():
+    with pytest.raises(ValueError, match="innermost"):
+        MuonBesideAdamW(nn.Conv2d(8, 16, 3).parameters(), (), 1.0, 1.0)

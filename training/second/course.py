@@ -68,6 +68,7 @@ class Course:
     reader_pace: float = 0.2
     minutes: float = 0.0
     seed: int = 7
+    muon: float = 0.0  # Muon's pace beside AdamW's; none: AdamW alone
     warm_start: bool = False  # begins as the first edition's UNet, whose widths it has
     base: str = ""  # the course whose text encoders it reads with, where it has none of its own
 
@@ -111,6 +112,7 @@ CPU = Course(
         Stage("64", (square(64),), 40_000, 8, (7e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 8, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
+    muon=2.5,
     warm_start=True,
 )
 """Two shared cores, for as many hours as there are; a stage's samples may be cut short by an edit in between."""

@@ -27,6 +27,7 @@ from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
 from training.second import art, autoencoder, machine
 from training.second.course import COURSES, Course, Stage
+from training.second.optimiser import MuonBesideAdamW
 from training.second.places import SECOND
 from training.second.plans import Fillings, Plan, Plans, capacity, material
 from training.second.reading import Reader
@@ -155,7 +156,7 @@ class Run:
         machine.suit(self.painter.unet, device)
         machine.suit_readers((self.painter.reader.first, self.painter.reader.second), device)
         self.average = checkpoint.Average(self.painter, course.decay)
-        self.optimiser = torch.optim.AdamW(self.groups(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.optimiser = self.make_optimiser()
         self.shares = signal_shares().to(device)
         self.model: nn.Module = self.painter
         self.stage = self.stage_step = self.step = self.samples = 0
@@ -171,6 +172,13 @@ class Run:
             start_unet(made.unet)
         made.reader.load_state_dict(taught().state_dict())
         return made
+
+    def make_optimiser(self) -> torch.optim.AdamW | MuonBesideAdamW:
+        """AdamW, or Muon beside it where the course says so."""
+        if self.course.muon:
+            unet, reader = self.painter.unet.parameters(), self.painter.reader.parameters()
+            return MuonBesideAdamW(unet, reader, self.course.muon, self.course.reader_pace)
+        return torch.optim.AdamW(self.groups(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def groups(self) -> list[dict[str, Any]]:
         """What is learned, and at which share of the rate."""
