@@ -64,9 +64,9 @@ def test_in_turn_it_is_the_callers_thread(slow: Slow) -> None:
     slow.go.set()
     decoding = Decoding(slow, CPU)
     decoding.begin(3, torch.full((4, 2, 2), 7.0))
-    assert decoding.busy and not decoding.beside and not slow.threads
+    assert not decoding.beside and not slow.threads
     (made,) = decoding.done(patiently=False)
-    assert made.row_id == 3 and (made.pixels() == 7).all() and not decoding.busy
+    assert made.row_id == 3 and (made.pixels() == 7).all() and decoding.done(patiently=False) == []
     assert slow.threads == [threading.current_thread().name]
 
 
@@ -78,11 +78,11 @@ def test_beside_the_caller_goes_on(slow: Slow) -> None:
     start = time.perf_counter()
     assert decoding.done(patiently=False) == [] and decoding.done(patiently=True) == []
     assert time.perf_counter() - start < 40 * PATIENCE
-    assert decoding.busy and decoding.beside
+    assert decoding.beside
     slow.go.set()
     found = until_done(decoding, 2)
     assert [(made.row_id, int(made.pixels()[0, 0])) for made in found] == [(1, 1), (2, 2)]
-    assert threading.current_thread().name not in slow.threads and not decoding.busy
+    assert threading.current_thread().name not in slow.threads and not decoding.beside
 
 
 @pytest.mark.parametrize("beside", [False, True])

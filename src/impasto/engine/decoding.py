@@ -68,11 +68,6 @@ class Decoding:
         """Whether a picture is being decoded beside the steps just now."""
         return bool(self._running)
 
-    @property
-    def busy(self) -> bool:
-        """Whether pictures are to come."""
-        return bool(self._waiting or self._running)
-
     def begin(self, row_id: int, latents: Tensor) -> None:
         """Take a row's latents, ``[4, h, w]``; nobody may change them any more."""
         if self._worker is None:
