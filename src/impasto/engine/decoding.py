@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from impasto.models.spread import limit
+from impasto.models.spread import give_threads
 
 PATIENCE: Final = 0.05  # seconds that ``done`` waits for a picture: somebody new may want to begin
 
@@ -61,7 +61,7 @@ class Decoding:
         self._running: dict[Future[Decoded], Tensor] = {}  # beside, with the latents, should it need another try
         self._worker = ThreadPoolExecutor(1, "decode") if beside else None
         if self._worker is not None and device.type == "cpu":
-            _share_threads(self._worker)
+            give_threads([self._worker], max(1, torch.get_num_threads() // 2))  # half is left to the steps
 
     @property
     def beside(self) -> bool:
@@ -117,10 +117,3 @@ class Decoding:
         latents.record_stream(stream)
         with torch.cuda.stream(stream):
             yield
-
-
-def _share_threads(worker: ThreadPoolExecutor) -> None:
-    """Leave half of the CPU's threads to the steps."""
-    every = torch.get_num_threads()
-    worker.submit(limit, max(1, every // 2)).result()
-    limit(every)  # what torch told the worker it would tell every new thread

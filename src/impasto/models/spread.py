@@ -10,7 +10,7 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -58,8 +58,7 @@ class Spread:
             return
         missing = range(len(self._workers), parts)
         self._workers += [ThreadPoolExecutor(1, f"rows-{number}") for number in missing]
-        wait([worker.submit(limit, each) for worker in self._workers])
-        limit(self._threads)  # what torch told the workers it would tell every new thread
+        give_threads(self._workers, each)
         self._each = each
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spread:
@@ -71,7 +70,14 @@ def parts_of(rows: int, threads: int) -> int:
     return max(parts for parts in range(1, max(1, min(rows, threads)) + 1) if rows % parts == 0)
 
 
-def limit(threads: int) -> None:
+def give_threads(workers: Iterable[ThreadPoolExecutor], each: int) -> None:
+    """Divide the operations of each worker, idle and of one thread, among so many; the caller keeps what it has."""
+    mine = torch.get_num_threads()
+    wait([worker.submit(_limit, each) for worker in workers])
+    _limit(mine)  # what torch told the workers it would tell every new thread
+
+
+def _limit(threads: int) -> None:
     """Divide operations of the calling thread among so many."""
     torch.get_num_threads()  # a thread's first question sets it to what the last ``set_num_threads`` anywhere said
     torch.set_num_threads(threads)
