@@ -43,7 +43,6 @@ class Stage:
     renewed: float = 0.0625
     plain: float = 0.7
     pairs: float = 0.2
-    short: bool = True  # bfloat16 arithmetic
     top: int = 1000  # noise levels from here on up do not come
 
     @property

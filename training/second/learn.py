@@ -27,7 +27,7 @@ from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
 from training.second import art, autoencoder, machine
 from training.second.course import COURSES, Course, Stage
-from training.second.optimiser import MuonBesideAdamW
+from training.second.optimiser import MuonBesideAdamW, adamw
 from training.second.places import SECOND
 from training.second.plans import Fillings, Plan, Plans, capacity, material
 from training.second.reading import Reader
@@ -178,7 +178,7 @@ class Run:
         if self.course.muon:
             unet, reader = self.painter.unet.parameters(), self.painter.reader.parameters()
             return MuonBesideAdamW(unet, reader, self.course.muon, self.course.reader_pace)
-        return torch.optim.AdamW(self.groups(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        return adamw(self.groups())
 
     def groups(self) -> list[dict[str, Any]]:
         """What is learned, and at which share of the rate."""
@@ -231,7 +231,7 @@ class Run:
             group["lr"] = group["pace"] * warm * (first + (last - first) * share)
         given = self.given(plan, store, stage)
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.short):
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.loss_of(given, stage)
         torch.autograd.backward(loss)
         self.team.share_gradients(self.painter)
@@ -330,7 +330,7 @@ def first_edition(folder: Path) -> UNet2DConditionModel:
         beside = kept.with_suffix(".part")
         shutil.copytree(BUILTIN_FOLDER / "unet", beside, dirs_exist_ok=True)
         beside.rename(kept)
-    made: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(kept, torch_dtype=torch.float32)
+    made: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(kept, dtype=torch.float32)
     return made
 
 

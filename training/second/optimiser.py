@@ -16,6 +16,11 @@ from torch import Tensor, nn
 SMALL = 4  # inputs or outputs of a layer that is no matrix worth the name: the latents' channels
 
 
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW as all courses have it; each step sets the rate."""
+    return torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+
 class MuonBesideAdamW:
     """One step of both; its groups have a ``pace``, what their rate is multiplied by.
 
@@ -45,7 +50,7 @@ class MuonBesideAdamW:
         )
         rest = [p for p in parameters if id(p) not in taken]
         groups = [{"params": rest, "pace": 1.0}, {"params": list(others), "pace": others_pace}]
-        self._adamw = torch.optim.AdamW(groups, 1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self._adamw = adamw(groups)
         self._muon.param_groups[0]["pace"] = muon_pace
 
     @property

@@ -28,6 +28,7 @@ def samples_a_second(widths: tuple[int, int, int], side: int, place: torch.devic
     made, count = Painter(widths), BATCHES[place.type][side]
     start_unet(made.unet)
     machine.suit(made.unet, place)
+    machine.suit_readers((made.reader.first, made.reader.second), place)
     made.to(place)
     optimiser = torch.optim.AdamW(made.parameters(), 1e-4, fused=True)
     ids = torch.randint(0, len(vocabulary().used), (count, LENGTH), device=place)
@@ -40,7 +41,7 @@ def samples_a_second(widths: tuple[int, int, int], side: int, place: torch.devic
         if step == 2:
             began = finished(clock, place)
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda" or side > 16):
+        with torch.autocast(place.type, torch.bfloat16):
             states, pooled = made.reader(ids, ids)
             loss = made(noisy, levels, states, pooled, sizes).float().square().mean()
         torch.autograd.backward(loss)
