@@ -127,6 +127,20 @@ def test_attention_in_blocks_is_what_an_accelerated_unet_uses(folder, monkeypatc
     assert relative(given, plain) <= 2 * HALF_ROUNDING
 
 
+@pytest.mark.parametrize("most", [0, blocked.MOST_WRITTEN])
+@pytest.mark.parametrize("held", [2**8, 2**12, 2**20])
+def test_attention_for_a_compiled_network_is_the_plain_one(most, held, monkeypatch):
+    """Divided by rows, by queries, not at all, and as one operator; several batch and head counts."""
+    monkeypatch.setattr(blocked, "SCORES", held)
+    monkeypatch.setattr(blocked, "MOST_WRITTEN", most)
+    for rows, count in ((1, 1), (3, 2)):
+        query, key, value = heads(rows, count, 70, 33, 16, torch.bfloat16)
+        exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        assert relative(blocked.attend_compiled(query, key, value), exact) <= HALF_ROUNDING
+    query, key, value = heads(2, 2, 9, 33, 16, torch.float32)
+    assert torch.equal(blocked.attend_compiled(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
 @needs_packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 77, 24), (1, 1, 24)])
@@ -297,6 +311,17 @@ def test_ways_for_cpus_are_left_out_of_compiled_networks(folder, monkeypatch, ca
         unet = accelerated(folder, "prepack,keep_prompts,compile")
     assert "keep_prompts, prepack: off, the network is compiled" in caplog.text
     assert not any(isinstance(module, PackedLinear | FusedAttention) for module in unet.modules())
+
+
+def test_auto_goes_with_compiling(monkeypatch, folder, caplog):
+    """It then names what a compiled network can have, and nothing has to be left out."""
+    monkeypatch.setattr(switchboard, "_can_compile", lambda device: False)
+    with caplog.at_level(logging.WARNING):
+        unet = accelerated(folder, "auto,static_shapes", torch.bfloat16)
+    assert not caplog.text
+    ways = {module.attend for module in unet.modules() if isinstance(module, FusedAttention)}
+    assert ways == {blocked.attend_compiled}
+    assert not any(isinstance(module, PackedLinear) for module in unet.modules())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")

@@ -160,7 +160,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
     if accel.fuse_projections or on_cpu:
         attentions = fuse_projections(unet)
         if "blocked_attention" in on_cpu:
-            attend_in_blocks(attentions)
+            attend_in_blocks(attentions, compiled=accel.static_shapes)
         if "keep_prompts" in on_cpu:
             keep_prompts(unet, attentions)
         if "prepack" in on_cpu and _room_to_pack(unet):
@@ -217,8 +217,10 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
     """
     if device.type == "cpu":
         half = dtype == torch.bfloat16
-        packs = can_pack(device, dtype)
-        ways = replace(accel, keep_prompts=True, prepack=packs, blocked_attention=half)
+        eager = not (accel.compile or accel.static_shapes)
+        packs = eager and can_pack(device, dtype)
+        blocks = half and (eager or accel.static_shapes)
+        ways = replace(accel, keep_prompts=eager, prepack=packs, blocked_attention=blocks)
         return replace(ways, channels_last=True, vae_channels_last=True)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
@@ -238,11 +240,16 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     asked = {name for name in ("blocked_attention", "keep_prompts", "prepack") if getattr(accel, name)}
     if not asked:
         return set()
-    if device.type != "cpu" or accel.compile or accel.static_shapes:
-        why = "the network is compiled" if device.type == "cpu" else f"the device is {device}, not cpu"
-        log.warning("%s: off, %s", ", ".join(sorted(asked)), why)
-        return set()
-    return asked
+    why = "the network is compiled"
+    if device.type != "cpu":
+        can, why = set(), f"the device is {device}, not cpu"
+    elif accel.static_shapes:
+        can = asked & {"blocked_attention"}
+    else:
+        can = set() if accel.compile else asked
+    if left := asked - can:
+        log.warning("%s: off, %s", ", ".join(sorted(left)), why)
+    return can
 
 
 def _room_to_pack(unet: Any) -> bool:

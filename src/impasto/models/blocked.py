@@ -18,6 +18,7 @@ from torch import Tensor
 
 SCORES: Final = 2**20  # that are held at a time: 2 MB, the second level of a cache and a little of the third
 MANY_KEYS: Final = 512  # from here on a block of one head's queries is enough work for a product
+MOST_WRITTEN: Final = 8  # blocks of one attention in a compiled graph: each is compiled for itself
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -33,6 +34,43 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if not suits(query):
         return F.scaled_dot_product_attention(query, key, value)
     return in_blocks(query, key, value) if key.shape[-2] >= MANY_KEYS else by_rows(query, key, value)
+
+
+def attend_compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``attend`` for a network that is compiled whole.
+
+    Its blocks are written out, so that the compiler fuses what lies between the products; where they are many, one
+    operator makes them.
+    """
+    if not suits(query):
+        return F.scaled_dot_product_attention(query, key, value)
+    if -(-query[..., 0].numel() * key.shape[-2] // SCORES) > MOST_WRITTEN:
+        operated: Tensor = _operator(query, key, value)
+        return operated
+    return _written(query, key, value)
+
+
+def _written(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Product, softmax and product, divided by rows and then by queries until the scores fit."""
+    scores = query[..., 0].numel() * key.shape[-2]
+    if scores > SCORES and len(query) > 1:
+        every = zip(torch.split(query, 1), torch.split(key, 1), torch.split(value, 1), strict=True)
+        return torch.cat([_written(*row) for row in every])
+    if scores > SCORES:
+        block = max(1, SCORES // (query.shape[1] * key.shape[-2]))
+        return torch.cat([_written(some, key, value) for some in torch.split(query, block, 2)], 2)
+    return torch.softmax(query * query.shape[-1] ** -0.5 @ key.mT, -1) @ value
+
+
+@torch.library.custom_op("impasto::attend_in_blocks", mutates_args=())
+def _operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return in_blocks(query, key, value)
+
+
+@_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    rows, heads, length, width = query.shape
+    return query.new_empty(rows, length, heads, width).transpose(1, 2)
 
 
 def suits(query: Tensor) -> bool:

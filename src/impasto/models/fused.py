@@ -107,10 +107,15 @@ def fuse_projections(unet: nn.Module) -> list[FusedAttention]:
     return attentions
 
 
-def attend_in_blocks(attentions: Iterable[FusedAttention]) -> None:
-    """Let attentions over many tokens run in blocks where that is faster: on a CPU in half precision."""
+def attend_in_blocks(attentions: Iterable[FusedAttention], compiled: bool = False) -> None:
+    """Let attentions over many tokens run in blocks where that is faster: on a CPU in half precision.
+
+    Args:
+        attentions: To be changed.
+        compiled: The network is going to be compiled whole.
+    """
     for attention in attentions:
-        attention.attend = blocked.attend
+        attention.attend = blocked.attend_compiled if compiled else blocked.attend
 
 
 def keep_prompts(unet: nn.Module, attentions: Iterable[FusedAttention]) -> None:
