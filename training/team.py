@@ -86,4 +86,7 @@ def together(size: int, work: Callable[..., Any], *arguments: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        spawn(member, (size, meeting, work, arguments), nprocs=size)  # type: ignore[no-untyped-call]
+        team: Any = spawn(member, (size, meeting, work, arguments), size, join=False)  # type: ignore[no-untyped-call]
+        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in team.processes])
+        while not team.join():
+            pass

@@ -25,7 +25,7 @@ from impasto.models.catalog import BUILTIN_FOLDER
 from training import architecture, checkpoint
 from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
-from training.second import art, autoencoder, machine
+from training.second import art, autoencoder, cells, machine
 from training.second.course import COURSES, Course, Stage
 from training.second.optimiser import MuonBesideAdamW, adamw
 from training.second.places import SECOND
@@ -38,6 +38,7 @@ from training.unet import importance, signal_shares
 
 SAVE_EVERY = {"cpu": 180, "cuda": 60}  # seconds, by device
 REPORT_EVERY = 50  # steps
+SQUARES = 0.5  # how much the squares' error (``cells``) weighs beside the noise's
 
 
 class Painter(nn.Module):
@@ -66,6 +67,7 @@ class Given:
     ids_2: Tensor
     kept: Tensor
     sizes: Tensor
+    shown: Tensor
 
 
 def drawn_noise(shape: tuple[int, ...], coarse: float, seed: int, device: torch.device) -> Tensor:
@@ -158,6 +160,7 @@ class Run:
         self.average = checkpoint.Average(self.painter, course.decay)
         self.optimiser = self.make_optimiser()
         self.shares = signal_shares().to(device)
+        self.squares = cells.table(self.art).to(device)
         self.model: nn.Module = self.painter
         self.stage = self.stage_step = self.step = self.samples = 0
         self.spent = 0.0
@@ -211,16 +214,18 @@ class Run:
         noise = drawn_noise(tuple(latents.shape), stage.coarse, seed, self.device)
         noisy = noised(latents, noise, self.shares[levels])
         kept, sizes = (torch.from_numpy(array).to(self.device) for array in (plan.kept, plan.sizes))
-        return Given(noisy, noise, levels, plan.ids.to(self.device), plan.ids_2.to(self.device), kept, sizes)
+        ids, ids_2, shown = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.shown))
+        return Given(noisy, noise, levels, ids, ids_2, kept, sizes, shown)
 
     def loss_of(self, given: Given, stage: Stage) -> Tensor:
-        """The weighted error of the noise estimate."""
+        """The weighted error of the noise estimate, and that of what the text's padding tells."""
         states, pooled = self.painter.reader(given.ids, given.ids_2)
+        told: Tensor = self.painter.reader.cells(states, self.squares, given.shown)
         states, pooled = states * given.kept[:, None, None], pooled * given.kept[:, None]
         made = self.model(given.noisy, given.levels, states, pooled, given.sizes)
         errors = (made.float() - given.noise).square().mean((1, 2, 3))
         weighted: Tensor = (errors * importance(self.shares[given.levels], stage.emphasis)).mean()
-        return weighted
+        return weighted + SQUARES * told
 
     def advance(self, plan: Plan, store: Reservoir, share: float) -> Tensor:
         """One step; returns its loss, still on the device."""

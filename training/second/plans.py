@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from training.batches import DROPPED, EMPTY, timesteps
 from training.second.captions import caption
 from training.second.course import Course
-from training.second.reading import LENGTH
+from training.second.reading import LENGTH, NOTHING, shown
 from training.second.reservoir import Material, first_at
 from training.second.tables import Table, tabulate
 from training.second.vocabulary import vocabulary
@@ -24,7 +24,10 @@ from training.second.vocabulary import vocabulary
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. ``kept`` is 0 where the text is dropped to zeros; ``sizes`` are SDXL's six numbers."""
+    """One step. ``kept`` is 0 where the text is dropped to zeros; ``sizes`` are SDXL's six numbers.
+
+    ``shown`` are the things and the style that the text tells of (n, 3).
+    """
 
     size: int
     renewed: list[int]
@@ -35,6 +38,7 @@ class Plan:
     timesteps: Tensor
     kept: NDArray[np.float32]
     sizes: NDArray[np.float32]
+    shown: Tensor
 
 
 def material(course: Course, stage: int, size: int, rank: int) -> Material:
@@ -84,24 +88,25 @@ class Plans(Dataset[Plan]):
         course, size = self.course, self.size_at(step)
         of = course.stages[self.stage]
         rng = np.random.default_rng((course.seed, self.stage, step, self.rank + 1))
-        held, shown = capacity(course, self.stage, self.team), material(course, self.stage, size, self.rank)
+        held, source = capacity(course, self.stage, self.team), material(course, self.stage, size, self.rank)
         first, before = self.first(step, size), self.first(self.before(step, size), size)
         renewed = [number + held for number in range(before, first)]
         count = batch_of(course, self.stage, size, self.team)
         numbers = first + rng.integers(held, size=count)
-        scenes = [shown.scene(int(number)) for number in numbers]
+        scenes = [source.scene(int(number)) for number in numbers]
         texts = ["" if rng.random() < EMPTY else caption(rng, scene) for scene in scenes]
         ids, ids_2 = vocabulary().encode(texts, LENGTH)
         return Plan(
             size,
             renewed,
-            tabulate([shown.scene(number) for number in renewed]) if renewed else None,
+            tabulate([source.scene(number) for number in renewed]) if renewed else None,
             ids.new_tensor(numbers % held),
             ids,
             ids_2,
             timesteps(rng, count, of.noisy) * of.top // 1000,
             (rng.random(count) > DROPPED).astype(np.float32),
             np.array([scene.frame.ids for scene in scenes], np.float32),
+            ids.new_tensor([shown(s) if t else (NOTHING, NOTHING, 0) for s, t in zip(scenes, texts, strict=True)]),
         )
 
 

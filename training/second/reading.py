@@ -2,8 +2,8 @@
 
 Both encoders learn, through linear heads that are thrown away, to tell apart what the first edition's log found they
 do not learn from the noise error alone: hundreds of nouns, style, background, scenery, count and place. A further head
-tells the principal components of the named drawing, so that the states hold its colours and shape in linear form.
-Knows captions, drawings in small and encoders; draws nothing.
+tells the principal components of the named drawing, so that the states hold its colours and shape in linear form, and
+the padding tells them square by square (``cells``). Knows captions, drawings in small and encoders; draws nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch.nn import functional as F
 from training import architecture, checkpoint
 from training.second import art
 from training.second.captions import caption
+from training.second.cells import CellHead, table
 from training.second.places import SECOND
 from training.second.scene import PLACES, Scene, draw
 from training.second.subjects import COLOURS, LANDS, SKIES, STYLES, subjects
 from training.second.vocabulary import vocabulary
 
 STATE = SECOND / "reading.pt"
-STEPS, BATCH, RATE, SEED = 1000, 64, 2e-3, 3
-LENGTH = 40
+STEPS, BATCH, RATE, SEED = 2200, 64, 3e-3, 3
+LENGTH = architecture.PROMPT_TOKENS
+SQUARES = 16.0  # how much the squares' error weighs
 EMBEDDING_DEVIATION = 0.5
 LOOKS, THUMB = 48, 12
 SAID = ("", "small", "large", "beside", "over", "three", *PLACES)
@@ -36,12 +38,13 @@ KINDS = (NOTHING + 1, NOTHING + 1, len(STYLES), len(COLOURS) + 1, len(LANDS) + 1
 
 
 class Reader(nn.Module):
-    """SDXL's pair of text encoders in the compact vocabulary."""
+    """SDXL's pair of text encoders in the compact vocabulary, and what reads drawings off their padding."""
 
     def __init__(self) -> None:
         super().__init__()
         known = vocabulary()
         self.first, self.second = architecture.text_encoders(len(known.used), known.marks[1])
+        self.cells = CellHead()
         with torch.no_grad():
             for encoder in (self.first, self.second):
                 encoder.get_input_embeddings().weight.normal_(0, EMBEDDING_DEVIATION)
@@ -53,20 +56,17 @@ class Reader(nn.Module):
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
 
+def shown(scene: Scene) -> tuple[int, int, int]:
+    """What ``cells`` are told of: the first two things' subjects, or ``NOTHING``, and the style."""
+    names = [*(thing.subject for thing in scene.things), NOTHING, NOTHING]
+    return names[0], names[1], scene.style
+
+
 def meaning(scene: Scene) -> tuple[int, ...]:
     """What a caption of the scene says, one number for each of ``KINDS``."""
-    names = [thing.subject for thing in scene.things]
     ground = scene.ground
     plain = (ground.colour, len(LANDS), len(SKIES)) if ground.plain else (len(COLOURS), ground.land, ground.sky)
-    return (
-        names[0] if names else NOTHING,
-        names[1] if len(names) > 1 else NOTHING,
-        scene.style,
-        *plain,
-        int(ground.mountains),
-        SAID.index(scene.said),
-        len(names),
-    )
+    return *shown(scene), *plain, int(ground.mountains), SAID.index(scene.said), len(scene.things)
 
 
 def looks(drawings: art.Art) -> Tensor:
@@ -95,26 +95,26 @@ class Heads(nn.Module):
         self.kinds = nn.Linear(width, sum(KINDS))
         self.looks = nn.Linear(width, 2 * LOOKS)
 
-    def loss(self, vectors: Tensor, wanted: Tensor, shown: Tensor) -> Tensor:
+    def loss(self, vectors: Tensor, wanted: Tensor, looked: Tensor) -> Tensor:
         """Cross-entropies and the squared error of the looks."""
         parts = self.kinds(vectors).split(KINDS, 1)
-        total = F.mse_loss(self.looks(vectors), shown)
+        total = F.mse_loss(self.looks(vectors), looked)
         for part, target in zip(parts, wanted.T, strict=True):
             total = total + F.cross_entropy(part, target)
         return total
 
 
-def loss_of(reader: Reader, heads: list[Heads], table: Tensor, step: int) -> tuple[Tensor, float]:
+def loss_of(reader: Reader, heads: list[Heads], drawn: Tensor, squares: Tensor, step: int) -> tuple[Tensor, float]:
     """The loss of one step, and how many first subjects the pooled vector tells right."""
     ids, ids_2, wanted = lesson(step, BATCH)
     states, pooled = reader(ids, ids_2)
     ends = (ids == vocabulary().marks[1]).int().argmax(1)
     last = states[torch.arange(BATCH), ends]
-    shown = torch.cat([table[wanted[:, i], wanted[:, 2]] for i in (0, 1)], 1)
+    looked = torch.cat([drawn[wanted[:, i], wanted[:, 2]] for i in (0, 1)], 1)
     vectors = (pooled, last[:, : architecture.TEXT_WIDTH], last[:, architecture.TEXT_WIDTH :])
-    loss = 1e-3 * states.square().mean()
+    loss = 1e-3 * states.square().mean() + SQUARES * reader.cells(states, squares, wanted[:, :3])
     for head, vector in zip(heads, vectors, strict=True):
-        loss = loss + head.loss(vector, wanted, shown)
+        loss = loss + head.loss(vector, wanted, looked)
     guessed = heads[0].kinds(pooled)[:, : KINDS[0]].argmax(1)
     return loss, float((guessed == wanted[:, 0]).float().mean())
 
@@ -123,7 +123,8 @@ def train(steps: int = STEPS, state: Path = STATE) -> Path:
     """Train the reader; every minute the state is saved, and a later call goes on."""
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)
-    reader, table = Reader(), looks(art.load())
+    reader, drawings = Reader(), art.load()
+    drawn, squares = looks(drawings), table(drawings)
     widths = (architecture.TEXT_2_WIDTH, architecture.TEXT_WIDTH, architecture.TEXT_2_WIDTH)
     heads = [Heads(width) for width in widths]
     thrown = nn.ModuleList(heads)
@@ -145,7 +146,7 @@ def train(steps: int = STEPS, state: Path = STATE) -> Path:
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
         optimiser.zero_grad()
-        loss, right = loss_of(reader, heads, table, step)
+        loss, right = loss_of(reader, heads, drawn, squares, step)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()

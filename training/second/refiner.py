@@ -104,7 +104,8 @@ class RefinerRun(Run):
         sizes = torch.from_numpy(plan.sizes).to(self.device)
         five = torch.cat([sizes[:, :4], score[:, None]], 1)
         kept = torch.from_numpy(plan.kept).to(self.device)
-        return Given(noisy, led, levels, plan.ids.to(self.device), plan.ids_2.to(self.device), kept, five)
+        ids, ids_2, shown = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.shown))
+        return Given(noisy, led, levels, ids, ids_2, kept, five, shown)
 
     def loss_of(self, given: Given, stage: Stage) -> Tensor:
         """The weighted error of the noise estimate, with the second encoder's text alone."""
