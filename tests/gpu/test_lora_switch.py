@@ -9,11 +9,12 @@ from impasto.errors import LoraError
 from impasto.lora.apply import Adapters
 from impasto.lora.budgets import Budgets
 from impasto.lora.contents import LoraContents
-from impasto.lora.grouped import Group, _answers_in_float32, add_products, batches, recipes
+from impasto.lora.grouped import Group, _answers_in_float32, add_products, batches
 from impasto.lora.keys import Target
 from impasto.lora.merge import recipe
 from impasto.lora.patch import LowRank
 from impasto.types import LoraRef
+from tests.unit.test_lora_grouped import recipes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,9 +18,9 @@ from impasto.errors import LoraError
 from impasto.lora.apply import Adapters
 from impasto.lora.budgets import Budgets
 from impasto.lora.contents import LoraContents
-from impasto.lora.grouped import Alone, Group, Images, Member, batches, divided, in_pieces, recipes
+from impasto.lora.grouped import Alone, Group, Images, Member, batches, divided, in_pieces, placed
 from impasto.lora.keys import Target
-from impasto.lora.merge import Image, Product, Recipe, recipe
+from impasto.lora.merge import Image, Product, Recipe, planned, recipe
 from impasto.lora.patch import LowRank, Patch
 from impasto.lora.patches.decomposed import Decomposed
 from impasto.types import LoraRef
@@ -44,6 +44,11 @@ def low_rank(shape, rank=4, seed=0, dtype=torch.bfloat16, scale=0.5) -> LowRank:
 
 def named(tensors) -> dict[Target, torch.Tensor]:
     return {Target("unet", str(index), "weight"): tensor for index, tensor in enumerate(tensors)}
+
+
+def recipes(stacks, weight, most, devices) -> dict[Target, Recipe]:
+    """Stacks, made ready for their weights."""
+    return placed(((target, planned(stack, weight(target))) for target, stack in stacks.items()), weight, most, devices)
 
 
 def one_by_one(made: Recipe, weight: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ CPU = Course(
     widths=(32, 64, 128),
     cast=CORE,
     stages=(
-        Stage("16", (square(16),), 900_000, 48, (1.6e-3, 8e-4), 4_096, 0.3, 2.0, plain=0.75, pairs=0.12),
+        Stage("16", (square(16),), 900_000, 96, (1.6e-3, 8e-4), 4_096, 0.3, 2.0, plain=0.75, pairs=0.12),
         Stage("32", (square(32),), 120_000, 24, (9e-4, 6e-4), 3_072, noisy=0.2, emphasis=1.5, coarse=0.3),
         Stage("64", (square(64),), 40_000, 8, (7e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 8, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from impasto.lora.keys import Target
-from impasto.lora.merge import Image, Part, Plan, Product, Recipe, Stack, planned
+from impasto.lora.merge import Image, Part, Plan, Product, Recipe
 
 PIECES = {torch.bfloat16: 3, torch.float16: 2}  # of a format that make up 24, and 22, bits of a float32 number
 
@@ -140,28 +140,20 @@ class Member:
         Group((), group.up[one], group.down[one], group.alpha, risky=False).write([weight], [pristine])
 
 
-def recipes(
-    stacks: Mapping[Target, Stack], weight: Callable[[Target], Tensor], most: int, devices: Container[str]
-) -> dict[Target, Recipe]:
-    """Make stacks ready for their weights, on the weights' devices, with what is alike in groups.
-
-    Args:
-        stacks: What each weight gets.
-        weight: Gives a weight by its name.
-        most: Bytes of float32 numbers that a group may be; 0: no groups.
-        devices: Types of devices where there are to be groups.
-    """
-    plans = ((target, planned(stack, weight(target))) for target, stack in stacks.items())
-    return placed(plans, weight, most, devices)
-
-
 def placed(
     plans: Iterable[tuple[Target, Plan]],
     weight: Callable[[Target], Tensor],
     most: int,
     devices: Container[str],
 ) -> dict[Target, Recipe]:
-    """Do what ``recipes`` does with stacks that were planned before."""
+    """Make planned stacks ready for their weights, on the weights' devices, with what is alike in groups.
+
+    Args:
+        plans: What each weight gets.
+        weight: Gives a weight by its name.
+        most: Bytes of float32 numbers that a group may be; 0: no groups.
+        devices: Types of devices where there are to be groups.
+    """
     made: dict[Target, Recipe] = {}
     owned = ((target, plan, weight(target)) for target, plan in plans)
     described = (((target, plan), _kind(plan, own, devices), _scratch(own)) for target, plan, own in owned)

@@ -10,7 +10,7 @@ import { StartField } from "./start-field.js";
 const PLACES = {
   prompt: "prompt", negative_prompt: "prompt",
   size: "canvas", num_images: "canvas", seed: "canvas",
-  image: "start", strength: "start", frames: "start", fps: "start",
+  image: "start", strength: "start", frames: "start", fps: "start", motion: "start",
   loras: "loras",
   num_inference_steps: "sampling", guidance_scale: "sampling", scheduler: "sampling", acceleration: "sampling",
   refine: "refine", high_noise_frac: "refine", refine_steps: "refine",
