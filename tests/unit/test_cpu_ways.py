@@ -15,7 +15,7 @@ from torch import nn
 from impasto.engine import accel as switchboard
 from impasto.engine.accel import Accel, accelerate, accelerate_vae, compile_whole, suited
 from impasto.lora.apply import Adapters
-from impasto.models import blocked
+from impasto.models import blocked, native
 from impasto.models.blocked import MANY_KEYS, SCORES, attend, by_rows, in_blocks, suits
 from impasto.models.fused import FusedAttention
 from impasto.models.gated import PackedGeglu, pack_gates
@@ -320,7 +320,8 @@ def test_auto_goes_with_compiling(monkeypatch, folder, caplog):
         unet = accelerated(folder, "auto,static_shapes", torch.bfloat16)
     assert not caplog.text
     ways = {module.attend for module in unet.modules() if isinstance(module, FusedAttention)}
-    assert ways == {blocked.attend_compiled}
+    kernel = native.can_multiply() and native.kernel() is not None
+    assert ways == {(native if kernel else blocked).attend_compiled}
     assert not any(isinstance(module, PackedLinear) for module in unet.modules())
 
 

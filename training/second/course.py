@@ -111,6 +111,7 @@ CPU = Course(
         Stage("64", (square(64),), 40_000, 8, (7e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 8, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
+    reader_pace=0.5,
     muon=2.5,
     warm_start=True,
 )

@@ -38,7 +38,7 @@ from training.unet import importance, signal_shares
 
 SAVE_EVERY = {"cpu": 180, "cuda": 60}  # seconds, by device
 REPORT_EVERY = 50  # steps
-SQUARES = 0.5  # how much the squares' error (``cells``) weighs beside the noise's
+SQUARES = 2.0  # how much the squares' error (``cells``) weighs beside the noise's
 
 
 class Painter(nn.Module):

@@ -15,8 +15,9 @@ import torch
 from impasto.engine.graphs import Graphed
 from impasto.engine.memory import MemoryGauge, free_memory
 from impasto.errors import ConfigError
+from impasto.models import blocked, native
 from impasto.models.fp8 import can_multiply, listen, to_fp8
-from impasto.models.fused import attend_in_blocks, fuse_projections, keep_prompts, pack_projections
+from impasto.models.fused import attend_by, fuse_projections, keep_prompts, pack_projections
 from impasto.models.gated import pack_gates
 from impasto.models.innermost import stay_innermost
 from impasto.models.packed import can_pack, pack_linears
@@ -63,6 +64,7 @@ BACKEND: Final = "inductor"  # torch's compiler
 COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
 NARROW: Final = 256  # channels: measured at 128 (rows) and at 1,280 (operations)
 ROOM: Final = 2  # times the packed weights must be free before they are made: as much is left for all else
+_CPU_WAYS: Final = ("blocked_attention", "native_attention", "keep_prompts", "prepack")
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
 
@@ -78,6 +80,8 @@ class Accel:
         static_shapes: Compile UNet and VAE decoder whole, anew for each picture and batch size.
         vae_channels_last: Keep the VAE's weights with the channels innermost.
         blocked_attention: On a CPU in bfloat16, attend in blocks that stay in the cache; implies fuse_projections.
+        native_attention: On a CPU with AVX-512 for bfloat16, attend by a kernel that a C++ compiler makes here in two
+            seconds; implies fuse_projections.
         keep_prompts: On a CPU, keep what cross-attention makes of prompts between steps; implies fuse_projections.
         prepack: On a CPU, keep linear weights packed as well, as the matrix product reads them; implies
             fuse_projections.
@@ -100,6 +104,7 @@ class Accel:
     static_shapes: bool = False
     vae_channels_last: bool = False
     blocked_attention: bool = False
+    native_attention: bool = False
     keep_prompts: bool = False
     prepack: bool = False
     decode_beside: bool = False
@@ -159,8 +164,10 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
     on_cpu = _cpu_ways(accel, device)
     if accel.fuse_projections or on_cpu:
         attentions = fuse_projections(unet)
-        if "blocked_attention" in on_cpu:
-            attend_in_blocks(attentions, compiled=accel.static_shapes)
+        if "native_attention" in on_cpu and native.kernel() is not None:
+            attend_by(attentions, native.attend_compiled if accel.static_shapes else native.attend)
+        elif "blocked_attention" in on_cpu:
+            attend_by(attentions, blocked.attend_compiled if accel.static_shapes else blocked.attend)
         if "keep_prompts" in on_cpu:
             keep_prompts(unet, attentions)
         if "prepack" in on_cpu and _room_to_pack(unet):
@@ -221,6 +228,7 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
         packs = eager and can_pack(device, dtype)
         blocks = half and (eager or accel.static_shapes)
         ways = replace(accel, keep_prompts=eager, prepack=packs, blocked_attention=blocks)
+        ways = replace(ways, native_attention=blocks and native.can_multiply())
         return replace(ways, channels_last=True, vae_channels_last=True)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
@@ -229,22 +237,23 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
 
 def _apart(accel: Accel) -> Accel:
     """Switch off what fuses queries, keys and values: in 8 bits they are multiplied one by one."""
-    fusing = ("fuse_projections", "blocked_attention", "keep_prompts", "prepack")
+    fusing = ("fuse_projections", *_CPU_WAYS)
     if asked := [name for name in fusing if getattr(accel, name)]:
         log.warning("%s: off, fp8 multiplies queries, keys and values apart", ", ".join(asked))
-    return replace(accel, fuse_projections=False, blocked_attention=False, keep_prompts=False, prepack=False)
+    off = dict.fromkeys(fusing, False)
+    return Accel(**{field.name: off.get(field.name, getattr(accel, field.name)) for field in fields(Accel)})
 
 
 def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     """The switches for CPUs that are on and can be had here."""
-    asked = {name for name in ("blocked_attention", "keep_prompts", "prepack") if getattr(accel, name)}
+    asked = {name for name in _CPU_WAYS if getattr(accel, name)}
     if not asked:
         return set()
     why = "the network is compiled"
     if device.type != "cpu":
         can, why = set(), f"the device is {device}, not cpu"
     elif accel.static_shapes:
-        can = asked & {"blocked_attention"}
+        can = asked & {"blocked_attention", "native_attention"}
     else:
         can = set() if accel.compile else asked
     if left := asked - can:

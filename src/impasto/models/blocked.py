@@ -44,21 +44,26 @@ def attend_compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if not suits(query):
         return F.scaled_dot_product_attention(query, key, value)
-    if -(-query[..., 0].numel() * key.shape[-2] // SCORES) > MOST_WRITTEN:
-        operated: Tensor = _operator(query, key, value)
-        return operated
-    return _written(query, key, value)
+    if few(query, key):
+        return written(query, key, value)
+    operated: Tensor = _operator(query, key, value)
+    return operated
 
 
-def _written(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def few(query: Tensor, key: Tensor) -> bool:
+    """Whether there are few enough blocks to be written out in a compiled graph."""
+    return query[..., 0].numel() * key.shape[-2] <= MOST_WRITTEN * SCORES
+
+
+def written(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Product, softmax and product, divided by rows and then by queries until the scores fit."""
     scores = query[..., 0].numel() * key.shape[-2]
     if scores > SCORES and len(query) > 1:
         every = zip(torch.split(query, 1), torch.split(key, 1), torch.split(value, 1), strict=True)
-        return torch.cat([_written(*row) for row in every])
+        return torch.cat([written(*row) for row in every])
     if scores > SCORES:
         block = max(1, SCORES // (query.shape[1] * key.shape[-2]))
-        return torch.cat([_written(some, key, value) for some in torch.split(query, block, 2)], 2)
+        return torch.cat([written(some, key, value) for some in torch.split(query, block, 2)], 2)
     return torch.softmax(query * query.shape[-1] ** -0.5 @ key.mT, -1) @ value
 
 
@@ -67,10 +72,13 @@ def _operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return in_blocks(query, key, value)
 
 
-@_operator.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def room(query: Tensor, *_: Tensor) -> Tensor:
+    """Memory for an answer: heads lie side by side in each token."""
     rows, heads, length, width = query.shape
     return query.new_empty(rows, length, heads, width).transpose(1, 2)
+
+
+_operator.register_fake(room)
 
 
 def suits(query: Tensor) -> bool:
@@ -82,7 +90,7 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend head by head, with as many queries at a time as ``SCORES`` are for; shapes as ``attend``'s."""
     rows, heads, length, width = query.shape
     scaled = query * width**-0.5
-    output = query.new_empty(rows, length, heads, width).transpose(1, 2)
+    output = room(query)
     block = max(1, SCORES // key.shape[-2])
     held = query.new_empty(min(block, length), key.shape[-2])
     for row in range(rows):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from impasto.models import blocked
 from impasto.models.packed import Pack, suits
 from impasto.models.said import Kept, Said
 
@@ -107,15 +106,10 @@ def fuse_projections(unet: nn.Module) -> list[FusedAttention]:
     return attentions
 
 
-def attend_in_blocks(attentions: Iterable[FusedAttention], compiled: bool = False) -> None:
-    """Let attentions over many tokens run in blocks where that is faster: on a CPU in half precision.
-
-    Args:
-        attentions: To be changed.
-        compiled: The network is going to be compiled whole.
-    """
+def attend_by(attentions: Iterable[FusedAttention], way: Callable[..., Tensor]) -> None:
+    """Let attentions run by another function of queries, keys and values than torch's own."""
     for attention in attentions:
-        attention.attend = blocked.attend_compiled if compiled else blocked.attend
+        attention.attend = way
 
 
 def keep_prompts(unet: nn.Module, attentions: Iterable[FusedAttention]) -> None:
