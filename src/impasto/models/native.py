@@ -37,14 +37,9 @@ WIDTHS: Final = (32, 64)  # of heads
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return ``softmax(query key^T / sqrt(D)) value``, by the kernel where it can be, else as ``blocked.attend`` does.
+    """Return what ``blocked.attend`` does, with its shapes, by the kernel where that can be had.
 
-    Args:
-        query: ``[N, heads, L, D]``.
-        key: ``[N, heads, S, D]``; value likewise.
-
-    Returns:
-        ``[N, heads, L, D]``. Each row is computed by itself, so no row's bits depend on its neighbours.
+    Rows and heads are computed each by itself, whatever the number of threads.
     """
     call = kernel()
     if call is None or not suits(query, key, value):
