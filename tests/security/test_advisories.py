@@ -208,8 +208,8 @@ def modules() -> list[tuple[Path, ast.Module]]:
 
 def test_nothing_is_installed_or_configured_over_http(stack):
     """CVE-2024-21574, CVE-2025-67303, CVE-2026-22777 (ComfyUI-Manager), CVE-2024-21575, -21576, CVE-2026-123790: there
-    are no such routes, no plug-ins, and no program is started but our own worker and, where the operator switched it on,
-    a compiler on a file of the package; by hand, the Python of a ComfyUI."""
+    are no such routes, no plug-ins, and no program is started but our own worker and, where it is switched on, a
+    compiler on a file of the package; by hand, the Python of a ComfyUI."""
     paths = {getattr(route, "path", "") for route in stack.app.routes} | set(stack.app.openapi()["paths"])
     words = re.compile(r"install|config|setting|plugin|extension|custom|node|exec|shell|restart|reboot|update|eval")
     assert "/openapi.json" in paths
