@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,15 @@ class Run:
         self.average = checkpoint.Average(self.painter, course.decay)
         self.optimiser = self.make_optimiser()
         self.shares = signal_shares().to(device)
-        self.squares = cells.table(self.art).to(device)
         self.model: nn.Module = self.painter
         self.stage = self.stage_step = self.step = self.samples = 0
         self.spent = 0.0
         self.resume()
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """What the text's padding should tell; a run that leaves the text encoders alone never asks."""
+        return cells.table(self.art)
 
     def beginner(self) -> Painter:
         """The network before its first step."""

@@ -223,12 +223,11 @@ def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
     They need no warm-up: compiling and CUDA graphs are left to those who ask for them.
     """
     if device.type == "cpu":
-        half = dtype == torch.bfloat16
         eager = not (accel.compile or accel.static_shapes)
         packs = eager and can_pack(device, dtype)
-        blocks = half and (eager or accel.static_shapes)
-        ways = replace(accel, keep_prompts=eager, prepack=packs, blocked_attention=blocks)
-        ways = replace(ways, native_attention=blocks and native.can_multiply())
+        blocks = dtype == torch.bfloat16 and (eager or accel.static_shapes)
+        kernel = blocks and native.can_multiply()
+        ways = replace(accel, keep_prompts=eager, prepack=packs, blocked_attention=blocks, native_attention=kernel)
         return replace(ways, channels_last=True, vae_channels_last=True)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
@@ -240,8 +239,8 @@ def _apart(accel: Accel) -> Accel:
     fusing = ("fuse_projections", *_CPU_WAYS)
     if asked := [name for name in fusing if getattr(accel, name)]:
         log.warning("%s: off, fp8 multiplies queries, keys and values apart", ", ".join(asked))
-    off = dict.fromkeys(fusing, False)
-    return Accel(**{field.name: off.get(field.name, getattr(accel, field.name)) for field in fields(Accel)})
+    off: dict[str, Any] = dict.fromkeys(fusing, False)
+    return replace(accel, **off)
 
 
 def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
