@@ -24,6 +24,7 @@ from impasto.models.packed import can_pack, pack_linears
 from impasto.models.residence import Offload
 from impasto.models.spread import Spread
 from impasto.models.tiling import fits
+from impasto.models.traced import Traced
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class Accel:
             fuse_projections.
         decode_beside: Decode pictures on a thread of its own while others step; not with offload.
         spread_rows: On a CPU, divide the rows of a call among the threads, in place of each operation.
+        torchscript: On a CPU, run the UNet as TorchScript, traced anew for each picture and batch size, so that threads
+            do not wait for Python; not with keep_prompts or prepack.
         fp8: Multiply in the UNet's large linear layers in 8 bits, with low-rank LoRAs in full beside: an approximation.
             Not with fuse_projections, nor with what implies it.
         auto: Whichever of these were measured to be faster on this kind of device; never fp8.
@@ -109,6 +112,7 @@ class Accel:
     prepack: bool = False
     decode_beside: bool = False
     spread_rows: bool = False
+    torchscript: bool = False
     fp8: bool = False
     auto: bool = False
     offload: Offload = "none"
@@ -147,6 +151,7 @@ def accelerate_model(model: Any, accel: Accel) -> None:
     for denoiser in filter(None, (model.base, model.refiner)):
         accelerate(denoiser.unet, accel, model.devices.unet)
         denoiser.spread = spread_rows(denoiser.unet, accel, denoiser.device)
+        denoiser.traced = trace_calls(denoiser.unet, accel, denoiser.device)
     accelerate_vae(model.vae.network, accel, model.devices.vae)
 
 
@@ -155,7 +160,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
 
     What cannot be had here is logged and left out. Offloading and VAE tiling are not the UNet's and not done here.
     """
-    accel = suited(accel, device, unet.dtype) if accel.auto else accel
+    accel = suited(accel, device, unet.dtype, narrow=is_narrow(unet)) if accel.auto else accel
     if accel.channels_last:
         stay_innermost(unet)
     rounded = to_fp8(unet) if accel.fp8 and can_multiply(device, unet.dtype) else []
@@ -199,14 +204,37 @@ def spread_rows(unet: Any, accel: Accel, device: torch.device) -> Spread | None:
     products more than they gain.
     """
     threads = torch.get_num_threads()
-    narrow = accel.auto and device.type == "cpu" and max(unet.config.block_out_channels) <= NARROW
-    if not (accel.spread_rows or narrow) or threads == 1:
+    if not (accel.spread_rows or _is_for(unet, accel, device)) or threads == 1:
         return None
     if device.type != "cpu" or accel.compile or accel.static_shapes:
         if accel.spread_rows:
             log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
         return None
     return Spread(threads)
+
+
+def trace_calls(unet: Any, accel: Accel, device: torch.device) -> Traced | None:
+    """Return what runs calls as TorchScript, where that is on and the device is a CPU.
+
+    ``auto`` takes it for narrow networks, whose threads spend a quarter of the time on Python's lock.
+    """
+    if not (accel.torchscript or _is_for(unet, accel, device)):
+        return None
+    if device.type != "cpu" or accel.compile or accel.static_shapes:
+        if accel.torchscript:
+            log.warning("torchscript is off: it is for networks on a CPU that are not compiled")
+        return None
+    return Traced([*unet.parameters(), *unet.buffers()])
+
+
+def is_narrow(unet: Any) -> bool:
+    """Whether a UNet's operations are too short to be divided well among threads."""
+    return bool(max(unet.config.block_out_channels) <= NARROW)
+
+
+def _is_for(unet: Any, accel: Accel, device: torch.device) -> bool:
+    """Whether ``auto`` does for this UNet what pays for narrow ones on a CPU."""
+    return accel.auto and device.type == "cpu" and is_narrow(unet)
 
 
 def decodes_beside(accel: Accel) -> bool:
@@ -217,17 +245,19 @@ def decodes_beside(accel: Accel) -> bool:
     return accel.decode_beside
 
 
-def suited(accel: Accel, device: torch.device, dtype: torch.dtype) -> Accel:
+def suited(accel: Accel, device: torch.device, dtype: torch.dtype, *, narrow: bool = False) -> Accel:
     """Return ``accel`` with the switches on that were measured to pay on such a device (``benchmarks/LOG.md``).
 
-    They need no warm-up: compiling and CUDA graphs are left to those who ask for them.
+    They need no warm-up: compiling and CUDA graphs are left to those who ask for them. ``narrow`` is for networks that
+    are traced, as ``trace_calls`` has it.
     """
     if device.type == "cpu":
         eager = not (accel.compile or accel.static_shapes)
-        packs = eager and can_pack(device, dtype)
+        keeps = eager and not (narrow or accel.torchscript)
+        packs = keeps and can_pack(device, dtype)
         blocks = dtype == torch.bfloat16 and (eager or accel.static_shapes)
         kernel = blocks and native.can_multiply()
-        ways = replace(accel, keep_prompts=eager, prepack=packs, blocked_attention=blocks, native_attention=kernel)
+        ways = replace(accel, keep_prompts=keeps, prepack=packs, blocked_attention=blocks, native_attention=kernel)
         return replace(ways, channels_last=True, vae_channels_last=True)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
@@ -251,8 +281,9 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     why = "the network is compiled"
     if device.type != "cpu":
         can, why = set(), f"the device is {device}, not cpu"
-    elif accel.static_shapes:
+    elif accel.static_shapes or accel.torchscript:
         can = asked & {"blocked_attention", "native_attention"}
+        why = why if accel.static_shapes else "the network is traced"
     else:
         can = set() if accel.compile else asked
     if left := asked - can:

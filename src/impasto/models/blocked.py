@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from impasto.models.traced import is_traced
+
 SCORES: Final = 2**20  # that are held at a time: 2 MB, the second level of a cache and a little of the third
 MANY_KEYS: Final = 512  # from here on a block of one head's queries is enough work for a product
 MOST_WRITTEN: Final = 8  # blocks of one attention in a compiled graph: each is compiled for itself
@@ -33,7 +35,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if not suits(query):
         return F.scaled_dot_product_attention(query, key, value)
-    return in_blocks(query, key, value) if key.shape[-2] >= MANY_KEYS else by_rows(query, key, value)
+    if key.shape[-2] < MANY_KEYS:
+        return by_rows(query, key, value)
+    blocks: Tensor = (_operator if is_traced() else in_blocks)(query, key, value)
+    return blocks
 
 
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from impasto.models.residence import Residence
 from impasto.models.reuse import predict_full, predict_shallow, predict_whole
 from impasto.models.spread import Spread
+from impasto.models.traced import Traced
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +31,7 @@ class Denoiser:
     dtype: torch.dtype
     residence: Residence
     spread: Spread | None = None  # divides the rows of calls among the threads of a CPU
+    traced: Traced | None = None  # runs calls without Python
 
     @property
     def inpaints(self) -> bool:
@@ -81,9 +84,10 @@ class Denoiser:
         """Do ``work`` with the UNet and these rows, where and in what format it runs."""
         sample, tokens, pooled, time_ids = (t.to(self.device, self.dtype) for t in (latents, tokens, pooled, time_ids))
 
-        def part(sample: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor, *more: Tensor) -> Any:
+        def call(sample: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, time_ids: Tensor, *more: Tensor) -> Any:
             return work(self.unet, sample, times, tokens, {"text_embeds": pooled, "time_ids": time_ids}, *more)
 
+        part = call if self.traced is None else partial(self.traced, work, call)
         inputs = (sample, timesteps.to(self.device), tokens, pooled, time_ids, *more)
         with self.residence.using("unet", self.unet):
             return part(*inputs) if self.spread is None else self.spread(part, *inputs)
