@@ -142,3 +142,32 @@ def test_without_a_compiler_the_log_says_so_and_plain_products_serve(
         made = native.attend(*given)
     assert "native_attention is off" in caplog.text and why in caplog.text
     assert torch.equal(made, blocked.attend(*given))
+
+
+@needs_kernel
+@pytest.mark.skipif(native.teams() is None, reason="which OpenMP library is torch's cannot be told here")
+@pytest.mark.parametrize("length", [200, 700])
+def test_torchs_own_threads_give_the_same_bits_as_threads_of_the_kernels_own(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Also where there are fewer heads than threads."""
+    given = projected(2, 3, length, 700, 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        theirs = native.attend(*given)
+        monkeypatch.setattr(native, "teams", lambda: None)
+        assert torch.equal(native.attend(*given), theirs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_openmp_library_is_torchs_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that are not torch's: none is taken, for one cannot know which has the threads."""
+    found = native.teams.__wrapped__
+    lines = "7f00-7f01 r-xp 0 08:01 1 /usr/lib/libgomp.so.1\n7f02-7f03 r-xp 0 08:01 2 /opt/lib/libiomp5.so\n"
+    monkeypatch.setattr(native.Path, "read_text", lambda *_: lines)
+    assert found() is None
+    monkeypatch.setattr(native.Path, "read_text", lambda *_: "7f00-7f01 rw-p 0 00:00 0\n")
+    assert found() is None
+    assert native.OPENMP.match("libgomp-24e2ab19.so.1.0.0") and not native.OPENMP.match("libgompers.so")

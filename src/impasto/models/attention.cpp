@@ -6,8 +6,10 @@
 // the instruction reads them: 16 lanes of pairs, padded with zeros whose scores are minus infinity. A row and head is
 // one thread's work, so that no row's bits depend on its neighbours. Not a number stays so.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -19,7 +21,8 @@ namespace {
 
 constexpr int LANES = 16;               // of 32 bits: a float, or a pair of bfloat16
 constexpr int QUERIES = 32, KEYS = 128;  // of a block: larger ones were slower
-constexpr int64_t WORTH = 1 << 20;       // scores from which on a thread is begun for its share of them
+constexpr int64_t WORTH = 1 << 20;       // scores from which on a thread is begun for its share of them,
+constexpr int64_t WAITING = 1 << 17;     // or one of those that wait is called
 
 // One head of one row; strides between tokens in numbers.
 struct Head {
@@ -155,14 +158,32 @@ template <int D> void attend(const Head &h, float scale) {
 
 void attend(const Head &h, int64_t width, float scale) { width == 32 ? attend<32>(h, scale) : attend<64>(h, scale); }
 
+// Threads that take parts of the units until none is left, however many of them come.
+struct Team {
+  const std::function<void(int64_t, int64_t)> work;
+  const int64_t units, parts;
+  std::atomic<int64_t> taken{0};
+
+  static void join(void *team) {
+    auto *all = static_cast<Team *>(team);
+    for (int64_t part = all->taken++; part < all->parts; part = all->taken++)
+      all->work(part * all->units / all->parts, (part + 1) * all->units / all->parts);
+  }
+};
+
 }  // namespace
 #endif
 
+// What OpenMP libraries begin a team by: `work(data)` in each of so many threads.
+using Parallel = void (*)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
 // Attend: tensors [rows, heads, tokens, width], width innermost. `strides` are those of query, key, value and output
 // between rows, heads and tokens; `sizes` are rows, heads, queries, keys and width (32 or 64). `scale` is that of scores,
-// times log2(e). Returns 0, or 1 where it cannot be done.
+// times log2(e). `parallel` begins a team among threads that are there already; without it they are begun here. Returns
+// 0, or 1 where it cannot be done.
 extern "C" int attention_bf16(const uint16_t *query, const uint16_t *key, const uint16_t *value, uint16_t *output,
-                              const int64_t *strides, const int64_t *sizes, float scale, int64_t threads) {
+                              const int64_t *strides, const int64_t *sizes, float scale, int64_t threads,
+                              Parallel parallel) {
 #ifdef __AVX512BF16__
   const int64_t units = sizes[0] * sizes[1], width = sizes[4];
   if (width != 32 && width != 64) return 1;
@@ -175,18 +196,20 @@ extern "C" int attention_bf16(const uint16_t *query, const uint16_t *key, const 
       attend(one, width, scale);
     }
   };
-  const int64_t parts = std::max<int64_t>(1, std::min({threads, units, units * sizes[2] * sizes[3] / WORTH}));
-  std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; part++) {
-    const int64_t from = part * units / parts, to = (part + 1) * units / parts;
+  const int64_t worth = parallel != nullptr ? WAITING : WORTH, scores = units * sizes[2] * sizes[3];
+  const int64_t parts = std::max<int64_t>(1, std::min({threads, units, scores / worth}));
+  Team all{work, units, parts};
+  if (parts > 1 && parallel != nullptr) {
+    parallel(Team::join, &all, static_cast<unsigned>(parts), 0);
+  } else {
+    std::vector<std::thread> others;
     try {
-      others.emplace_back(work, from, to);
-    } catch (const std::system_error &) {  // no more threads are to be had
-      work(from, to);
+      for (int64_t other = 1; other < parts; other++) others.emplace_back(Team::join, &all);
+    } catch (const std::system_error &) {  // no more threads are to be had: those that there are do it all
     }
+    Team::join(&all);
+    for (auto &other : others) other.join();
   }
-  work(0, units / parts);
-  for (auto &other : others) other.join();
   return 0;
 #else
   return 1;

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from impasto.models import blocked
+from impasto.models.traced import is_traced
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ COMPILERS: Final = ("c++", "g++", "clang++")
 FLAGS: Final = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 SECONDS: Final = 60.0  # that compiling may take; it takes two
 WIDTHS: Final = (32, 64)  # of heads
+OPENMP: Final = re.compile(r"lib(gomp|iomp5|omp)\b.*\.so")  # all of which begin teams as GNU's does
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -41,6 +44,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Rows and heads are computed each by itself, whatever the number of threads.
     """
+    if is_traced():
+        operated: Tensor = _operator(query, key, value)
+        return operated
+    return _attend(query, key, value)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     call = kernel()
     if call is None or not suits(query, key, value):
         return blocked.attend(query, key, value)
@@ -55,6 +65,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (ctypes.c_int64 * len(sizes))(*sizes),
         ctypes.c_float(width**-0.5 * math.log2(math.e)),
         ctypes.c_int64(torch.get_num_threads()),
+        ctypes.c_void_p(teams()),
     )
     assert not failed, "the kernel was asked for what it cannot do"
     return output
@@ -70,7 +81,7 @@ def attend_compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @torch.library.custom_op("impasto::attend", mutates_args=())
 def _operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return attend(query, key, value).transpose(1, 2).contiguous().transpose(1, 2)
+    return _attend(query, key, value).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 _operator.register_fake(blocked.room)
@@ -96,6 +107,23 @@ def kernel() -> Callable[..., Any] | None:
         return _compile()
     except (OSError, subprocess.SubprocessError, LookupError) as error:
         log.warning("native_attention is off: %s", str(error).splitlines()[0])
+        return None
+
+
+@cache
+def teams() -> int | None:
+    """Return where the OpenMP library that torch divides its operations by begins a team, or none.
+
+    Its threads wait for the next operation by spinning; threads of the kernel's own would share the cores with them.
+    """
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        found = sorted(name for name in mapped if OPENMP.match(Path(name).name))
+        torchs = [name for name in found if Path(name).is_relative_to(Path(torch.__file__).parent)] or found
+        if len(torchs) != 1:
+            return None
+        return ctypes.cast(ctypes.CDLL(torchs[0]).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
         return None
 
 
