@@ -160,14 +160,3 @@ def test_torchs_own_threads_give_the_same_bits_as_threads_of_the_kernels_own(
         assert torch.equal(native.attend(*given), theirs)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_the_openmp_library_is_torchs_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two that are not torch's: none is taken, for one cannot know which has the threads."""
-    found = native.teams.__wrapped__
-    lines = "7f00-7f01 r-xp 0 08:01 1 /usr/lib/libgomp.so.1\n7f02-7f03 r-xp 0 08:01 2 /opt/lib/libiomp5.so\n"
-    monkeypatch.setattr(native.Path, "read_text", lambda *_: lines)
-    assert found() is None
-    monkeypatch.setattr(native.Path, "read_text", lambda *_: "7f00-7f01 rw-p 0 00:00 0\n")
-    assert found() is None
-    assert native.OPENMP.match("libgomp-24e2ab19.so.1.0.0") and not native.OPENMP.match("libgompers.so")

@@ -65,7 +65,8 @@ BACKEND: Final = "inductor"  # torch's compiler
 COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
 NARROW: Final = 256  # channels: measured at 128 (rows) and at 1,280 (operations)
 ROOM: Final = 2  # times the packed weights must be free before they are made: as much is left for all else
-_CPU_WAYS: Final = ("blocked_attention", "native_attention", "keep_prompts", "prepack")
+_ATTENTION: Final = {"blocked_attention", "native_attention"}
+_CPU_WAYS: Final = (*sorted(_ATTENTION), "keep_prompts", "prepack")
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
 
@@ -89,7 +90,7 @@ class Accel:
         decode_beside: Decode pictures on a thread of its own while others step; not with offload.
         spread_rows: On a CPU, divide the rows of a call among the threads, in place of each operation.
         torchscript: On a CPU, run the UNet as TorchScript, traced anew for each picture and batch size, so that threads
-            do not wait for Python; not with keep_prompts or prepack.
+            do not wait for Python; not with keep_prompts, prepack or offload=all.
         fp8: Multiply in the UNet's large linear layers in 8 bits, with low-rank LoRAs in full beside: an approximation.
             Not with fuse_projections, nor with what implies it.
         auto: Whichever of these were measured to be faster on this kind of device; never fp8.
@@ -160,7 +161,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
 
     What cannot be had here is logged and left out. Offloading and VAE tiling are not the UNet's and not done here.
     """
-    accel = suited(accel, device, unet.dtype, narrow=is_narrow(unet)) if accel.auto else accel
+    accel = _ways(unet, accel, device)
     if accel.channels_last:
         stay_innermost(unet)
     rounded = to_fp8(unet) if accel.fp8 and can_multiply(device, unet.dtype) else []
@@ -203,12 +204,11 @@ def spread_rows(unet: Any, accel: Accel, device: torch.device) -> Spread | None:
     ``auto`` takes it for narrow networks, whose operations are too short to be divided well; wide ones lose by smaller
     products more than they gain.
     """
-    threads = torch.get_num_threads()
-    if not (accel.spread_rows or _is_for(unet, accel, device)) or threads == 1:
+    accel, threads = _ways(unet, accel, device), torch.get_num_threads()
+    if not accel.spread_rows or threads == 1:
         return None
     if device.type != "cpu" or accel.compile or accel.static_shapes:
-        if accel.spread_rows:
-            log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
+        log.warning("spread_rows is off: it is for networks on a CPU that are not compiled")
         return None
     return Spread(threads)
 
@@ -218,23 +218,27 @@ def trace_calls(unet: Any, accel: Accel, device: torch.device) -> Traced | None:
 
     ``auto`` takes it for narrow networks, whose threads spend a quarter of the time on Python's lock.
     """
-    if not (accel.torchscript or _is_for(unet, accel, device)):
+    accel = _ways(unet, accel, device)
+    if not accel.torchscript:
         return None
-    if device.type != "cpu" or accel.compile or accel.static_shapes:
-        if accel.torchscript:
-            log.warning("torchscript is off: it is for networks on a CPU that are not compiled")
+    if not _can_trace(accel, device):
+        log.warning("torchscript is off: it is for networks that stay on a CPU and are not compiled")
         return None
     return Traced([*unet.parameters(), *unet.buffers()])
+
+
+def _can_trace(accel: Accel, device: torch.device) -> bool:
+    return device.type == "cpu" and not (accel.compile or accel.static_shapes) and accel.offload != "all"
+
+
+def _ways(unet: Any, accel: Accel, device: torch.device) -> Accel:
+    """Return the switches as ``auto`` has them for this UNet."""
+    return suited(accel, device, unet.dtype, narrow=is_narrow(unet)) if accel.auto else accel
 
 
 def is_narrow(unet: Any) -> bool:
     """Whether a UNet's operations are too short to be divided well among threads."""
     return bool(max(unet.config.block_out_channels) <= NARROW)
-
-
-def _is_for(unet: Any, accel: Accel, device: torch.device) -> bool:
-    """Whether ``auto`` does for this UNet what pays for narrow ones on a CPU."""
-    return accel.auto and device.type == "cpu" and is_narrow(unet)
 
 
 def decodes_beside(accel: Accel) -> bool:
@@ -248,17 +252,19 @@ def decodes_beside(accel: Accel) -> bool:
 def suited(accel: Accel, device: torch.device, dtype: torch.dtype, *, narrow: bool = False) -> Accel:
     """Return ``accel`` with the switches on that were measured to pay on such a device (``benchmarks/LOG.md``).
 
-    They need no warm-up: compiling and CUDA graphs are left to those who ask for them. ``narrow`` is for networks that
-    are traced, as ``trace_calls`` has it.
+    They need no warm-up: compiling and CUDA graphs are left to those who ask for them. ``narrow`` is for networks whose
+    rows are spread and whose calls are traced.
     """
     if device.type == "cpu":
         eager = not (accel.compile or accel.static_shapes)
-        keeps = eager and not (narrow or accel.torchscript)
+        traced = (narrow or accel.torchscript) and _can_trace(accel, device)
+        keeps = eager and not traced
         packs = keeps and can_pack(device, dtype)
         blocks = dtype == torch.bfloat16 and (eager or accel.static_shapes)
         kernel = blocks and native.can_multiply()
         ways = replace(accel, keep_prompts=keeps, prepack=packs, blocked_attention=blocks, native_attention=kernel)
-        return replace(ways, channels_last=True, vae_channels_last=True)
+        spread = accel.spread_rows or (narrow and eager)
+        return replace(ways, channels_last=True, vae_channels_last=True, spread_rows=spread, torchscript=traced)
     if device.type == "cuda":
         return replace(accel, channels_last=True, vae_channels_last=True, fuse_projections=True)
     return accel
@@ -281,9 +287,10 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     why = "the network is compiled"
     if device.type != "cpu":
         can, why = set(), f"the device is {device}, not cpu"
-    elif accel.static_shapes or accel.torchscript:
-        can = asked & {"blocked_attention", "native_attention"}
-        why = why if accel.static_shapes else "the network is traced"
+    elif accel.static_shapes:
+        can = asked & _ATTENTION
+    elif accel.torchscript and _can_trace(accel, device):
+        can, why = asked & _ATTENTION, "the network is traced"
     else:
         can = set() if accel.compile else asked
     if left := asked - can:

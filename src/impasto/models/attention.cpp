@@ -200,7 +200,7 @@ extern "C" int attention_bf16(const uint16_t *query, const uint16_t *key, const 
   const int64_t parts = std::max<int64_t>(1, std::min({threads, units, scores / worth}));
   Team all{work, units, parts};
   if (parts > 1 && parallel != nullptr) {
-    parallel(Team::join, &all, static_cast<unsigned>(parts), 0);
+    parallel(Team::join, &all, static_cast<unsigned>(threads), 0);  // GNU's library ends threads that a team leaves out
   } else {
     std::vector<std::thread> others;
     try {

@@ -31,7 +31,7 @@ class Denoiser:
     dtype: torch.dtype
     residence: Residence
     spread: Spread | None = None  # divides the rows of calls among the threads of a CPU
-    traced: Traced | None = None  # runs calls without Python
+    traced: Traced | None = None  # runs calls as TorchScript
 
     @property
     def inpaints(self) -> bool:

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -36,7 +35,6 @@ COMPILERS: Final = ("c++", "g++", "clang++")
 FLAGS: Final = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 SECONDS: Final = 60.0  # that compiling may take; it takes two
 WIDTHS: Final = (32, 64)  # of heads
-OPENMP: Final = re.compile(r"lib(gomp|iomp5|omp)\b.*\.so")  # all of which begin teams as GNU's does
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,12 +115,7 @@ def teams() -> int | None:
     Its threads wait for the next operation by spinning; threads of the kernel's own would share the cores with them.
     """
     try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        found = sorted(name for name in mapped if OPENMP.match(Path(name).name))
-        torchs = [name for name in found if Path(name).is_relative_to(Path(torch.__file__).parent)] or found
-        if len(torchs) != 1:
-            return None
-        return ctypes.cast(ctypes.CDLL(torchs[0]).GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
 

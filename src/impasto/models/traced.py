@@ -16,9 +16,8 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -29,14 +28,7 @@ log = logging.getLogger(__name__)
 Work = Callable[..., Any]
 SHAPES: Final = 8  # lists kept; one of the built-in model's takes 25 MB, mostly about where in Python things came from
 CALLS: Final = 3  # of a shape; the last of them is written down, which takes a quarter of a second
-
-
-@dataclass(slots=True)
-class _Shape:
-    """What is known of one kind of call."""
-
-    calls: int = 0
-    run: Callable[..., Any] | None = None
+MOST_COUNTED: Final = 1024  # shapes that were called less often than that
 
 
 class Traced:
@@ -44,16 +36,16 @@ class Traced:
 
     Args:
         weights: All that the work reads besides its inputs.
-        most: Kinds of calls whose lists are kept; the least recently used goes first.
+        most: Lists kept; the least recently used goes first.
     """
 
     def __init__(self, weights: Iterable[Tensor], most: int = SHAPES) -> None:
         self._weights = list(weights)
         self._most = most
-        self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._lists: OrderedDict[Hashable, Work | None] = OrderedDict()  # none: it cannot be written down
+        self._calls: Counter[Hashable] = Counter()  # of kinds that have no list
         self._where: tuple[int, ...] = ()  # the weights lay when the lists were made
         self._noting, self._tracing = threading.Lock(), threading.Lock()
-        self._fails = False
         self.written = 0  # lists made so far
 
     def __call__(self, name: Hashable, work: Work, *inputs: Tensor) -> Any:
@@ -63,48 +55,55 @@ class Traced:
             name: Of the work: whatever has the same name and inputs of the same shapes does the same.
             work: Takes the inputs, returns a tensor or a tuple of them.
         """
-        shape = self._note((name, *((t.shape, t.stride(), t.dtype) for t in inputs)))
-        if shape.run is not None:
-            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it would look for more at length
-                return shape.run(*inputs)
-        if shape.calls >= CALLS and not self._fails and self._tracing.acquire(blocking=False):
+        key = (name, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        run, due = self._note(key)
+        if run is not None:
+            # Optimised, weights of equal values would be made one, and an edit of one would be an edit of both.
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                return run(*inputs)
+        if due and self._tracing.acquire(blocking=False):
             try:
-                shape.run = self._write_down(work, inputs)
+                return self._write_down(key, work, inputs)
             finally:
                 self._tracing.release()
         return work(*inputs)
 
-    def _note(self, key: Hashable) -> _Shape:
-        """Count a call, and forget all lists if the weights are no longer where they were."""
+    def _note(self, key: Hashable) -> tuple[Work | None, bool]:
+        """Return a call's list, if there is one, and whether it is time to make one; forget lists of moved weights."""
         where = tuple(weight.data_ptr() for weight in self._weights)
         with self._noting:
             if where != self._where:
-                self._shapes.clear()
+                self._lists.clear()
                 self._where = where
-            shape = self._shapes.setdefault(key, _Shape())
-            self._shapes.move_to_end(key)
-            shape.calls += 1
-            while len(self._shapes) > self._most:
-                self._shapes.popitem(last=False)
-        return shape
+            if key in self._lists:
+                self._lists.move_to_end(key)
+                return self._lists[key], False
+            if len(self._calls) >= MOST_COUNTED:
+                self._calls.clear()
+            self._calls[key] += 1
+            return None, self._calls[key] >= CALLS
 
-    def _write_down(self, work: Work, inputs: tuple[Tensor, ...]) -> Callable[..., Any] | None:
-        """Return the work on such inputs as a function of TorchScript."""
+    def _write_down(self, key: Hashable, work: Work, inputs: tuple[Tensor, ...]) -> Any:
+        """Do the work once more through Python, and keep the list of what it did."""
+        run: Work | None = None
         try:
             with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of values that are taken for constants: here they are
                 given = tuple(tensor.clone() for tensor in inputs)
-                graph = torch.jit._get_trace_graph(_Called(work), given)[0]  # type: ignore[attr-defined, no-untyped-call]
-                run: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
+                graph, answer = torch.jit._get_trace_graph(_Called(work), given)  # type: ignore[attr-defined, no-untyped-call]
+                run = torch._C._create_function_from_graph("forward", graph)
+                self.written += 1
         except (RuntimeError, AttributeError, TypeError) as error:
-            log.warning("torchscript is off: %s", str(error).splitlines()[0])
-            self._fails = True
-            return None
-        self.written += 1
-        return run
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
-        raise TypeError("a copy of a network needs a Traced of its own weights")
+            log.warning(
+                "a call cannot be run as TorchScript: %s", next(iter(str(error).splitlines()), type(error).__name__)
+            )
+            answer = work(*inputs)
+        with self._noting:
+            del self._calls[key]
+            self._lists[key] = run
+            while len(self._lists) > self._most:
+                self._lists.popitem(last=False)
+        return answer
 
 
 def is_traced() -> bool:
