@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -25,9 +24,15 @@ MAX_LENGTH = 65536  # bytes of an input that is made
 HANG_SECONDS = 20
 
 
-def rss() -> int:
-    """Peak memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def forget_peak() -> None:
+    """Let ``peak`` begin anew, whatever this process held before (proc(5), ``clear_refs``)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most memory that this process had at a time since its start or ``forget_peak``, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
 def mutated(data: bytes, rng: random.Random, others: list[bytes], words: tuple[str, ...]) -> bytes:
@@ -62,11 +67,12 @@ def plainly(name: str, seconds: float, seed: int = 0) -> int:
     known = list(inputs(name))
     for data in known:
         _watched(name, data)
-    before, ends, count = rss(), time.monotonic() + seconds, len(known)
+    forget_peak()
+    before, ends, count = peak(), time.monotonic() + seconds, len(known)
     while time.monotonic() < ends:
         _watched(name, mutated(rng.choice(known), rng, known, target.words))
         count += 1
-    grown = rss() - before
+    grown = peak() - before
     print(f"{name}: {count} inputs, {grown} MB more than after the seeds (cap {target.cap})", flush=True)
     assert grown <= target.cap, f"{name}: memory grew by {grown} MB"
     return count
