@@ -21,8 +21,8 @@ namespace {
 
 constexpr int LANES = 16;               // of 32 bits: a float, or a pair of bfloat16
 constexpr int QUERIES = 32, KEYS = 128;  // of a block: larger ones were slower
-constexpr int64_t WORTH = 1 << 20;       // scores from which on a thread is begun for its share of them,
-constexpr int64_t WAITING = 1 << 17;     // or one of those that wait is called
+constexpr int64_t WORTH = 1 << 20;       // scores that are worth beginning a thread,
+constexpr int64_t WAITING = 1 << 17;     // or calling those that wait
 
 // One head of one row; strides between tokens in numbers.
 struct Head {
@@ -158,16 +158,15 @@ template <int D> void attend(const Head &h, float scale) {
 
 void attend(const Head &h, int64_t width, float scale) { width == 32 ? attend<32>(h, scale) : attend<64>(h, scale); }
 
-// Threads that take parts of the units until none is left, however many of them come.
+// Threads that take unit after unit until none is left, however many of them come.
 struct Team {
-  const std::function<void(int64_t, int64_t)> work;
-  const int64_t units, parts;
+  const std::function<void(int64_t)> work;
+  const int64_t units;
   std::atomic<int64_t> taken{0};
 
   static void join(void *team) {
     auto *all = static_cast<Team *>(team);
-    for (int64_t part = all->taken++; part < all->parts; part = all->taken++)
-      all->work(part * all->units / all->parts, (part + 1) * all->units / all->parts);
+    for (int64_t unit = all->taken++; unit < all->units; unit = all->taken++) all->work(unit);
   }
 };
 
@@ -187,24 +186,22 @@ extern "C" int attention_bf16(const uint16_t *query, const uint16_t *key, const 
 #ifdef __AVX512BF16__
   const int64_t units = sizes[0] * sizes[1], width = sizes[4];
   if (width != 32 && width != 64) return 1;
-  const auto work = [=](int64_t from, int64_t to) {
-    for (int64_t unit = from; unit < to; unit++) {
-      const int64_t n = unit / sizes[1], h = unit % sizes[1];
-      const Head one = {query + n * strides[0] + h * strides[1], key + n * strides[3] + h * strides[4],
-                        value + n * strides[6] + h * strides[7], output + n * strides[9] + h * strides[10],
-                        strides[2], strides[5], strides[8], strides[11], sizes[2], sizes[3]};
-      attend(one, width, scale);
-    }
+  const auto work = [=](int64_t unit) {
+    const int64_t n = unit / sizes[1], h = unit % sizes[1];
+    const Head one = {query + n * strides[0] + h * strides[1], key + n * strides[3] + h * strides[4],
+                      value + n * strides[6] + h * strides[7], output + n * strides[9] + h * strides[10],
+                      strides[2], strides[5], strides[8], strides[11], sizes[2], sizes[3]};
+    attend(one, width, scale);
   };
   const int64_t worth = parallel != nullptr ? WAITING : WORTH, scores = units * sizes[2] * sizes[3];
-  const int64_t parts = std::max<int64_t>(1, std::min({threads, units, scores / worth}));
-  Team all{work, units, parts};
-  if (parts > 1 && parallel != nullptr) {
+  const int64_t wanted = std::min({threads, units, scores / worth});
+  Team all{work, units};
+  if (wanted > 1 && parallel != nullptr) {
     parallel(Team::join, &all, static_cast<unsigned>(threads), 0);  // GNU's library ends threads that a team leaves out
   } else {
     std::vector<std::thread> others;
     try {
-      for (int64_t other = 1; other < parts; other++) others.emplace_back(Team::join, &all);
+      for (int64_t other = 1; other < wanted; other++) others.emplace_back(Team::join, &all);
     } catch (const std::system_error &) {  // no more threads are to be had: those that there are do it all
     }
     Team::join(&all);
