@@ -34,7 +34,7 @@ from benchmarks.options import engine_options
 from benchmarks.report import RESULTS, publish
 from benchmarks.unets import ROWS, inputs_of, make_unet
 from benchmarks.weights import SIZES
-from impasto.engine.accel import Accel, accelerate, choose_device, choose_dtype, spread_rows, trace_calls
+from impasto.engine.accel import Accel, accelerate_denoiser, choose_device, choose_dtype
 from impasto.models.denoiser import Denoiser
 from impasto.models.residence import Residence
 
@@ -82,10 +82,8 @@ def ours(unet: Any, accel: Accel, place: torch.device, dtype: torch.dtype) -> Ca
     with torch.device("meta"):
         twin = UNet2DConditionModel.from_config(dict(unet.config))
     twin.load_state_dict(unet.state_dict(), assign=True)
-    accelerate(twin.requires_grad_(False).eval(), accel, place)
-    denoiser = _denoiser(twin, place, dtype)
-    denoiser.spread = spread_rows(twin, accel, place)
-    denoiser.traced = trace_calls(twin, accel, place)
+    denoiser = _denoiser(twin.requires_grad_(False).eval(), place, dtype)
+    accelerate_denoiser(denoiser, accel)
     return denoiser.predict
 
 

@@ -65,8 +65,8 @@ BACKEND: Final = "inductor"  # torch's compiler
 COMPILED_SHAPES: Final = 64  # of one network; torch stops at 8 by default and runs further ones uncompiled
 NARROW: Final = 256  # channels: measured at 128 (rows) and at 1,280 (operations)
 ROOM: Final = 2  # times the packed weights must be free before they are made: as much is left for all else
-_ATTENTION: Final = {"blocked_attention", "native_attention"}
-_CPU_WAYS: Final = (*sorted(_ATTENTION), "keep_prompts", "prepack")
+_ATTENTION: Final = ("blocked_attention", "native_attention")
+_CPU_WAYS: Final = (*_ATTENTION, "keep_prompts", "prepack")
 _CHOICES = {"offload": get_args(Offload), "vae_tiling": get_args(Tiling)}
 
 
@@ -150,10 +150,17 @@ def _spellings() -> list[str]:
 def accelerate_model(model: Any, accel: Accel) -> None:
     """Set all UNets and the VAE of an ``Sdxl`` up as ``accel`` says, in place, after they were loaded."""
     for denoiser in filter(None, (model.base, model.refiner)):
-        accelerate(denoiser.unet, accel, model.devices.unet)
-        denoiser.spread = spread_rows(denoiser.unet, accel, denoiser.device)
-        denoiser.traced = trace_calls(denoiser.unet, accel, denoiser.device)
+        accelerate_denoiser(denoiser, accel)
     accelerate_vae(model.vae.network, accel, model.devices.vae)
+
+
+def accelerate_denoiser(denoiser: Any, accel: Accel) -> None:
+    """Set a ``Denoiser`` up as ``accel`` says, in place: its UNet, and how it calls it."""
+    unet, device = denoiser.unet, denoiser.device
+    accel = _ways(unet, accel, device)
+    accelerate(unet, accel, device)
+    denoiser.spread = spread_rows(unet, accel, device)
+    denoiser.traced = trace_calls(unet, accel, device)
 
 
 def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
@@ -232,13 +239,11 @@ def _can_trace(accel: Accel, device: torch.device) -> bool:
 
 
 def _ways(unet: Any, accel: Accel, device: torch.device) -> Accel:
-    """Return the switches as ``auto`` has them for this UNet."""
-    return suited(accel, device, unet.dtype, narrow=is_narrow(unet)) if accel.auto else accel
-
-
-def is_narrow(unet: Any) -> bool:
-    """Whether a UNet's operations are too short to be divided well among threads."""
-    return bool(max(unet.config.block_out_channels) <= NARROW)
+    """Return the switches one by one, as ``auto`` has them for this UNet."""
+    if not accel.auto:
+        return accel
+    narrow = max(unet.config.block_out_channels) <= NARROW  # its operations are too short to be divided among threads
+    return replace(suited(accel, device, unet.dtype, narrow=narrow), auto=False)
 
 
 def decodes_beside(accel: Accel) -> bool:
@@ -288,9 +293,9 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     if device.type != "cpu":
         can, why = set(), f"the device is {device}, not cpu"
     elif accel.static_shapes:
-        can = asked & _ATTENTION
+        can = asked.intersection(_ATTENTION)
     elif accel.torchscript and _can_trace(accel, device):
-        can, why = asked & _ATTENTION, "the network is traced"
+        can, why = asked.intersection(_ATTENTION), "the network is traced"
     else:
         can = set() if accel.compile else asked
     if left := asked - can:
