@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 TOKENS: Final = 77
 CELL: Final = 8  # pixels of a latent cell's side
 PRODUCT: Final = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is timed
-TRIES: Final = {"cpu": 20, "cuda": 20}
+TRIES: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,10 @@ def vae_operations(config: Any, side: int) -> float:
 @lru_cache(maxsize=8)
 def measured_peak(device: str, dtype: torch.dtype) -> float:
     """Operations a second of the best of several large matrix products, with as many threads as torch uses now."""
-    kind = torch.device(device).type
-    side = PRODUCT.get(kind, 2048)
+    side = PRODUCT.get(torch.device(device).type, PRODUCT["cpu"])
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(TRIES.get(kind, 20)):
+    for _ in range(TRIES):
         start = now(device)
         torch.mm(a, b)
         best = min(best, now(device) - start)
