@@ -17,6 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from training import checkpoint
+from training.arithmetic import CPU, short
 from training.places import BUILTIN
 from training.team import asked_to_stop
 from training.unet import importance, signal_shares
@@ -105,7 +106,7 @@ class Tuning(ABC, Generic[Source, Batch]):
             group["lr"] = self._rate * min(1.0, (self.step + 1) / 30) * max(0.0, 1 - self.step / self._steps)
         self.optimiser.zero_grad()
         given = self.batch(source)
-        with torch.autocast("cpu", torch.bfloat16):
+        with short(CPU):
             loss = self.loss(given)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.learning.parameters(), 1.0)

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from training import architecture, checkpoint
+from training.arithmetic import CPU, short
 from training.batches import Batch, Frame, batch
 from training.linear_start import start_unet
 from training.places import CACHE
@@ -162,7 +163,7 @@ class Run:
         self.optimiser.zero_grad()
         for group in self.optimiser.param_groups:
             group["lr"] = group["pace"] * warm * (first + (last - first) * share)
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.short):
+        with short(CPU, stage.short):
             loss = loss_of(self.painter, given, stage, self.shares)
         torch.autograd.backward(loss)
         self.team.share_gradients(self.painter)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import architecture, checkpoint
+from training.arithmetic import CPU, short
 from training.crops import art_by_size, crops
 from training.linear_start import start_vae
 from training.places import CACHE
@@ -98,7 +99,7 @@ def train(steps: int, seconds: float, state: Path = STATE, others: int = 160) ->
         for group in optimiser.param_groups:
             group["lr"] = rate(step, steps)
         optimiser.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < BRIEF_UNTIL * steps):
+        with short(CPU, step < BRIEF_UNTIL * steps):
             loss = loss_of(vae, pictures, step > EQUIVARIANCE_FROM * steps, noise)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
