@@ -10,7 +10,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 UNET_WIDTHS = (32, 64, 128)
 VAE_WIDTHS = (16, 32, 64, 64)
-TEXT_WIDTH, TEXT_2_WIDTH = 64, 96
+TEXT_WIDTHS = (64, 96)  # of the first and the second encoder; the second edition's are ``WIDER``
+WIDER = (96, 160)
+TEXT_WIDTH, TEXT_2_WIDTH = TEXT_WIDTHS
 TIME_DIM = 32
 BOS, EOS = 49406, 49407
 VOCABULARY = 49408
@@ -33,7 +35,9 @@ def vae() -> AutoencoderKL:
     )
 
 
-def unet(widths: tuple[int, int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
+def unet(
+    widths: tuple[int, int, int] = UNET_WIDTHS, text_widths: tuple[int, int] = TEXT_WIDTHS
+) -> UNet2DConditionModel:
     """SDXL's block pattern, two layers a block so that its block names all exist."""
     return UNet2DConditionModel(
         sample_size=64,
@@ -43,23 +47,23 @@ def unet(widths: tuple[int, int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
         layers_per_block=2,
         transformer_layers_per_block=(1, 1, 1),
         attention_head_dim=tuple(width // 32 for width in widths),
-        cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH,
+        cross_attention_dim=sum(text_widths),
         norm_num_groups=8,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=TIME_DIM,
-        projection_class_embeddings_input_dim=6 * TIME_DIM + TEXT_2_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_DIM + text_widths[1],
     )
 
 
-def text_config(width: int, activation: str, vocabulary: int, eos: int) -> CLIPTextConfig:
-    """A three-layer CLIP text encoder; SDXL reads its last but one layer."""
+def text_config(width: int, activation: str, vocabulary: int, eos: int, layers: int) -> CLIPTextConfig:
+    """A CLIP text encoder; SDXL reads its last but one layer."""
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=width // 32,
         max_position_embeddings=PROMPT_TOKENS,
         hidden_act=activation,
@@ -69,10 +73,12 @@ def text_config(width: int, activation: str, vocabulary: int, eos: int) -> CLIPT
     )
 
 
-def text_encoders(vocabulary: int, eos: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+def text_encoders(
+    vocabulary: int, eos: int, widths: tuple[int, int] = TEXT_WIDTHS, layers: int = 3
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Both text encoders, for a vocabulary of the given size."""
-    first = CLIPTextModel(text_config(TEXT_WIDTH, "quick_gelu", vocabulary, eos))
-    second = CLIPTextModelWithProjection(text_config(TEXT_2_WIDTH, "gelu", vocabulary, eos))
+    first = CLIPTextModel(text_config(widths[0], "quick_gelu", vocabulary, eos, layers))
+    second = CLIPTextModelWithProjection(text_config(widths[1], "gelu", vocabulary, eos, layers))
     return first, second
 
 

@@ -41,12 +41,6 @@ ART = (
         "fluent-emoji-flat",
         "8f9113c027c7c20eced0070354715a4093a459b8bef6332b91d45f38c9bdb147",
     ),
-    Package(
-        "@iconify-json/fluent-emoji-high-contrast",
-        "1.2.6",
-        "fluent-emoji-high-contrast",
-        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
-    ),
 )
 VOCABULARY = Package(
     "open_clip_torch",

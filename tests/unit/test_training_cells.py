@@ -9,14 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.unit.test_training_second import known  # noqa: F401
 from training import architecture
-from training.second import cells, plans, reading
+from training.second import cells, plans
 from training.second.art import LEVELS, Art
 from training.second.course import TINY
+from training.second.scene import draw, usual
 from training.second.subjects import STYLES, subjects
 
 WORK = """
@@ -46,7 +48,7 @@ def corner() -> Art:
 
 def test_squares_lie_where_they_are_in_the_drawing() -> None:
     """A red quarter is four squares of sixteen, row by row; all others are alike, and no subject is nothing."""
-    table = cells.table(corner())
+    table = cells.drawn(corner())["cells"]
     assert table.shape == (len(subjects()) + 1, len(STYLES), cells.GRID**2, cells.PARTS)
     assert table[-1].abs().max() == 0
     clear = table[1, 0, 0]
@@ -57,25 +59,42 @@ def test_squares_lie_where_they_are_in_the_drawing() -> None:
 
 def test_states_that_tell_the_squares_are_right_and_others_are_not() -> None:
     """The error is nothing for both things' squares in their places, and something with the things exchanged."""
-    table = torch.randn(len(subjects()) + 1, len(STYLES), cells.GRID**2, cells.PARTS)
-    head = cells.CellHead()
-    with torch.no_grad():
-        head.parts.weight.zero_().fill_diagonal_(1.0)
-        head.parts.bias.zero_()
-    states = torch.zeros(1, architecture.PROMPT_TOKENS, 160)
-    states[0, cells.FIRST :, : cells.PARTS] = torch.cat([table[3, 1], table[8, 1]])
-    assert head(states, table, torch.tensor([[3, 8, 1]])) == 0
-    assert head(states, table, torch.tensor([[8, 3, 1]])) > 1
+    kinds = len(subjects()) + 1, len(STYLES)
+    told = cells.Told(torch.randn(*kinds, cells.GRID**2, cells.PARTS), torch.randn(*kinds, cells.LOOKS))
+    meant, exchanged = torch.tensor([[3, 8, *cells.UNSAID[2:]]]), torch.tensor([[8, 3, *cells.UNSAID[2:]]])
+    whole, pooled = told.whole(meant, 0.0, seed=1), told.pooled(meant)
+    assert whole.shape == (1, architecture.PROMPT_TOKENS, sum(architecture.WIDER))
+    assert [float(part) for part in cells.error(told, whole, pooled, meant)] == [0, 0]
+    assert all(float(part) > 0.1 for part in cells.error(told, whole, pooled, exchanged))
+    worn = told.whole(meant, 1.0, seed=1) - whole
+    assert (worn[0].abs().amax(0) > 0).sum() == cells.PARTS and worn[0, : cells.FIRST].abs().max() == 0
+
+
+def test_things_are_drawn_near_where_text_says_they_usually_are() -> None:
+    """For every word of place, size and relation, and in a scenery; the squares lie around the thing's middle."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(600):
+        made = draw(rng, 256, 256, 8, plain=0.5, pairs=0.4)
+        seen.add((made.said, made.ground.plain))
+        shown = made.things[:: 2 if made.said == "three" else 1]
+        for thing, other in zip(shown, usual(made.said, not made.ground.plain), strict=False):
+            apart = max(abs(thing.x - other.x), abs(thing.y - other.y), abs(thing.size - other.size))
+            assert apart < 0.12, (made.said, thing, other)
+    assert {said for said, _ in seen} == set(cells.SAID)
+    squares = cells.squares_on_pictures()[0, cells.SAID.index("top left")]
+    assert squares[: cells.GRID**2, :2].mean(0).tolist() == pytest.approx([0.26, 0.26])
+    assert (squares[1] - squares[0])[:2].tolist() == pytest.approx([0.42 / cells.GRID, 0], abs=1e-6)
 
 
 @pytest.mark.usefixtures("known")
 def test_a_plan_says_what_its_texts_tell_of() -> None:
     """The scene's things and style; of an empty text, nothing."""
     steps = [plans.Plans(TINY, 0)[step] for step in range(24)]
-    told = torch.cat([plan.shown for plan in steps])
+    told = torch.cat([plan.meant for plan in steps])
     empty = torch.cat([(plan.ids[:, 1] == plan.ids[:, -1]) for plan in steps])
     assert empty.any() and not empty.all()
-    assert (told[empty][:, :2] == reading.NOTHING).all()
+    assert (told[empty][:, :2] == cells.NOTHING).all()
     assert (told[~empty][:, 0] < TINY.cast).any() and (told[:, 2] < len(STYLES)).all()
 
 

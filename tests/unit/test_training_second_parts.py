@@ -27,20 +27,24 @@ from training.second import (
     export,
     few_steps,
     judge,
+    learn,
     lease,
+    looks,
     measures,
     model_card,
     questions,
     refiner,
+    tables,
 )
 from training.second.course import COURSES, TINY
 from training.second.evaluate import Seen
 from training.second.hand import Hand
 from training.second.learn import Painter
 from training.second.optimiser import MuonBesideAdamW
-from training.second.reading import LENGTH
+from training.second.render import backdrops, render
 from training.second.scene import Frame, Thing, held_out
 from training.second.subjects import COLOURS, subjects
+from training.team import alone
 
 WHITE, BLUE = COLOURS.index("white"), COLOURS.index("blue")
 
@@ -83,7 +87,7 @@ def test_a_student_begins_as_its_teacher_and_its_file_is_a_lora_the_product_read
     """Before the first step the factors change nothing; written, every one of them is understood."""
     torch.manual_seed(0)
     base = Painter(TINY.widths)
-    given = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, LENGTH, 160), torch.randn(1, 96)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 256), torch.randn(1, 160)
     six = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     with torch.no_grad():
         before = base(*given, six)
@@ -91,11 +95,41 @@ def test_a_student_begins_as_its_teacher_and_its_file_is_a_lora_the_product_read
         torch.testing.assert_close(student(*given, six), before)
     learning = [name for name, p in student.named_parameters() if p.requires_grad]
     assert learning and all("down" in name or "up" in name for name in learning)
-    run = few_steps.Distillation.__new__(few_steps.Distillation)
-    run.painter, run.average = student, checkpoint.Average(student, 0.9)
-    write_lora(tmp_path / "few.safetensors", run.learned(), few_steps.CARD, ALPHA, 1)
+    learned = few_steps.factors_of(student, checkpoint.Average(student, 0.9).module)
+    write_lora(tmp_path / "few.safetensors", learned, few_steps.CARD, ALPHA, 1)
     found = inspect_lora(tmp_path / "few.safetensors", "few", parameter_shapes(find_model("builtin")))
     assert found.problem is None
+
+
+def test_looks_redraw_objects_and_what_is_behind_them() -> None:
+    """Pixel art has one colour a square and a dark outline; line art a contour on white."""
+    table = tables.tabulate([plain([Thing(0, 0.5, 0.5, 0.5)], BLUE, frame=Frame(128, 128))])
+    pictures, behind = render(table, red_squares()), backdrops(table, torch.device("cpu")) * 2 - 1
+    pixels = looks.pixel_art(pictures, behind)[0]
+    assert torch.equal(pixels, pixels[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert pixels[:, 64, 64].tolist() == [1, -1, -1] and pixels[2, 4, 4] > pixels[0, 4, 4]
+    assert pixels[:, 64, 30].max() < -0.5  # just left of the object
+    lines = looks.line_art(pictures, behind)[0]
+    assert lines[:, 4, 4].tolist() == [1, 1, 1] and lines[:, 64, 31].tolist() == [-1, -1, -1]
+    assert -1 < lines[0, 64, 64] < 1
+
+
+@pytest.mark.usefixtures("known")
+def test_a_look_is_learned_on_the_frozen_base_and_written_as_a_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps on a tiny base: the factors change, the base does not, and the product reads the file."""
+    monkeypatch.setattr(learn.art, "load", lambda _device: red_squares())
+    monkeypatch.setattr(autoencoder, "settled", small_vae)
+    torch.manual_seed(0)
+    weights = {name: Painter(TINY.widths).state_dict() for name in ("live", "average")}
+    checkpoint.save(tmp_path / "tiny.pt", weights)
+    losses = looks.train(alone(), COURSES["tiny-pixel-art"], tmp_path, device="cpu")
+    assert len(losses) == 3 and all(np.isfinite(losses))
+    done = checkpoint.load(tmp_path / "tiny-pixel-art.pt")
+    assert done is not None and any(bool(w.abs().max() > 0) for name, w in done["live"].items() if name.endswith("up"))
+    found = inspect_lora(tmp_path / "tiny-pixel-art.safetensors", "pixel-art", parameter_shapes(find_model("builtin")))
+    assert "pixel art" in str(found)
 
 
 def test_at_no_noise_the_student_answers_with_what_it_was_given() -> None:

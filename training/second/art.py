@@ -1,17 +1,16 @@
 """The drawings as pixels: rasterised once, packed small, and held as tensors at three sizes.
 
-Knows SVG files, icons and the pack (one WebP a drawing, which is what travels to a machine without the fetched
+Knows SVG files and the pack (one WebP a drawing, which is what travels to a machine without the fetched
 packages). Does not know backgrounds, scenes or latents.
 """
 
 from __future__ import annotations
 
 import io
-import json
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ from training.second.subjects import STYLES, Subject, subjects
 
 SIDE = 384
 LEVELS = (384, 192, 96)
-FOLDERS = {"3d": "fluent-emoji-modern", "flat": "fluent-emoji-flat"}
-ICONS = PACKAGES / "fluent-emoji-high-contrast" / "icons.json"
+FOLDERS = {"3d": "fluent-emoji-modern", "flat": "fluent-emoji-flat", "mono": "fluent-emoji-flat"}
 PACK = SECOND / "art.zip"
 QUALITY = 92
 
@@ -42,19 +40,17 @@ def rasterise(svg: str) -> Image.Image:
     return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE))
 
 
-@cache
-def icons() -> dict[str, str]:
-    """The line icons' SVG bodies by name; what is drawn in the current colour comes out black."""
-    found = json.loads(ICONS.read_text())
-    side = found.get("width", 32)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side} {side}" color="black">'
-    return {name: f"{head}{icon['body']}</svg>" for name, icon in found["icons"].items()}
+def greyed(picture: Image.Image) -> Image.Image:
+    """A drawing in greys from black to white, whatever its own darkest and lightest are."""
+    values = np.asarray(picture.convert("RGBA"), np.float32)
+    grey, seen = values[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32), values[..., 3] > 128
+    low, high = np.percentile(grey[seen], (1, 99)) if seen.any() else (0.0, 255.0)
+    spread = np.clip((grey - low) / max(float(high - low), 64.0), 0, 1) * 235 + 10
+    return Image.fromarray(np.dstack([spread, spread, spread, values[..., 3]]).astype(np.uint8), "RGBA")
 
 
 def source(subject: Subject, style: str) -> str:
     """The SVG of one subject in one style."""
-    if style == "line":
-        return icons()[subject.icon]
     return (PACKAGES / FOLDERS[style] / "assets" / f"{subject.code}.svg").read_text()
 
 
@@ -66,7 +62,8 @@ def pack(target: Path = PACK) -> Path:
         for subject in subjects():
             for style in STYLES:
                 buffer = io.BytesIO()
-                rasterise(source(subject, style)).save(buffer, "webp", quality=QUALITY, method=4)
+                drawn = rasterise(source(subject, style))
+                (greyed(drawn) if style == "mono" else drawn).save(buffer, "webp", quality=QUALITY, method=4)
                 archive.writestr(f"{subject.name}-{style}.webp", buffer.getvalue())
     beside.replace(target)
     return target
@@ -86,7 +83,7 @@ def array(path: Path) -> NDArray[np.uint8]:
     if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
         with zipfile.ZipFile(path) as archive:
             whole = np.stack([picture.transpose(2, 0, 1) for picture in pictures(archive)])
-        beside = kept.with_suffix(".fresh.npy")
+        beside = kept.with_suffix(f".{os.getpid()}.npy")
         np.save(beside, whole)
         beside.replace(kept)
     mapped: NDArray[np.uint8] = np.load(kept, mmap_mode="c")

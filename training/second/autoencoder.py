@@ -17,8 +17,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from impasto.models.catalog import BUILTIN_FOLDER
 from training import architecture, checkpoint
 from training import vae as first_edition
+from training.arithmetic import short
 from training.second import art, machine
 from training.second.places import SECOND
 from training.second.render import render
@@ -84,7 +86,7 @@ def train(part: str, steps: int, seconds: float, place: torch.device, batch: int
             group["lr"] = RATE * min(1.0, (step + 1) / 50, 1.05 - share)
         pictures = crops(drawings, batch, side, (SEED, step)).contiguous(memory_format=torch.channels_last)
         optimiser.zero_grad()
-        with torch.autocast(place.type, torch.bfloat16, enabled=share < 0.8):
+        with short(place, share < 0.8):
             loss = loss_of(vae, pictures, part)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
@@ -117,12 +119,11 @@ def decibels(vae: AutoencoderKL, drawings: art.Art, side: int = 256, count: int 
 
 
 def settled(path: Path = STATE) -> AutoencoderKL:
-    """The autoencoder in use, latents normalised; at first the first edition's."""
+    """The autoencoder in use, latents normalised; at first the one in the package."""
     weights = checkpoint.load(path)
     if weights is None:
-        made = first_edition.trained()
-        checkpoint.save(path, made.state_dict())
-        return made
+        weights = AutoencoderKL.from_pretrained(BUILTIN_FOLDER / "vae", dtype=torch.float32).state_dict()
+        checkpoint.save(path, weights)
     vae = architecture.vae()
     vae.load_state_dict(weights)
     return vae.requires_grad_(False).eval()

@@ -16,12 +16,12 @@ WHITE = COLOURS.index("white")
 STYLE_BEFORE = {
     "3d": ("3d", "3d render of", "glossy 3d", "soft 3d"),
     "flat": ("flat", "flat icon of", "flat drawing of", "flat illustration of"),
-    "line": ("line art", "line icon of", "outline icon of", "line drawing of"),
+    "mono": ("black and white", "monochrome", "grayscale", "black and white drawing of"),
 }
 STYLE_AFTER = {
     "3d": ("3d", "3d style", "3d render"),
     "flat": ("flat", "flat style", "flat design", "flat vector art"),
-    "line": ("line art", "line icon", "outline icon", "black and white line art"),
+    "mono": ("black and white", "monochrome", "grayscale", "black and white drawing"),
 }
 GROUNDS = ("on a {} background", "on {} background", "with a {} background", "in front of a {} background", "on {}")
 LAND_WORDS = {

@@ -28,7 +28,8 @@ class Stage:
     """One part of a course.
 
     ``noisy``, ``coarse`` and ``emphasis`` are those of ``training.batches`` and ``training.unet``; ``renewed`` is how
-    many scenes are drawn anew for each sample; ``plain`` and ``pairs`` are those of ``scene.draw``.
+    many scenes are drawn anew for each sample; ``plain`` and ``pairs`` are those of ``scene.draw``. ``told`` is the
+    share of samples whose text is set down (``cells``) and not read: at 1 no text encoder takes part.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Stage:
     plain: float = 0.7
     pairs: float = 0.2
     top: int = 1000  # noise levels from here on up do not come
+    told: float = 0.0
+    cast: int = 0  # how many subjects take part; none: the course's
 
     @property
     def steps(self) -> int:
@@ -106,9 +109,12 @@ CPU = Course(
     widths=(32, 64, 128),
     cast=CORE,
     stages=(
-        Stage("16", (square(16),), 557_000, 96, (1.6e-3, 8e-4), 4_096, 0.3, 2.0, plain=0.75, pairs=0.12),
-        Stage("32", (square(32),), 100_000, 64, (9e-4, 6e-4), 3_072, noisy=0.2, emphasis=1.5, coarse=0.3),
-        Stage("64", (square(64),), 75_000, 24, (7e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
+        Stage(
+            "told", (square(16),), 109_000, 64, (1.6e-3, 1e-3), 4_096, 0.3, 2.0, 0, 0.0625, 0.75, 0.12, told=1, cast=ALL
+        ),
+        Stage("16", (square(16),), 40_000, 64, (1e-3, 8e-4), 4_096, 0.3, 2.0, pairs=0.12, told=0.3, cast=ALL),
+        Stage("32", (square(32),), 40_000, 48, (1e-3, 8e-4), 3_072, 0.2, 1.7, coarse=0.3, told=0.3),
+        Stage("64", (square(64),), 60_000, 24, (8e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 12, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
     reader_pace=0.5,
@@ -122,8 +128,8 @@ GPU = Course(
     widths=(32, 96, 192),
     cast=ALL,
     stages=(
-        Stage("16", (square(16),), 10, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.0, 0.125, pairs=0.25),
-        Stage("32", (square(32),), 28, 768, (1.4e-3, 9e-4), 65_536, 0.3, 1.6, 0.3, 0.25, pairs=0.25),
+        Stage("16", (square(16),), 10, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.0, 0.125, pairs=0.25, told=1),
+        Stage("32", (square(32),), 28, 768, (1.4e-3, 9e-4), 65_536, 0.3, 1.6, 0.3, 0.25, pairs=0.25, told=0.5),
         Stage("64", (square(64),), 44, 256, (9e-4, 4e-4), 32_768, 0.5, 1.7, 0.6, 0.25, pairs=0.25),
         Stage("mixed", ASPECTS, 18, 192, (4e-4, 1e-5), 4_096, 0.4, 1.5, 0.6, 0.25, pairs=0.25),
     ),
@@ -137,8 +143,8 @@ TINY = Course(
     widths=(32, 64, 128),
     cast=8,
     stages=(
-        Stage("a", (square(16),), 24, 4, (1e-3, 8e-4), 16, renewed=0.5),
-        Stage("b", (square(16), Size(16, 24)), 16, 4, (8e-4, 1e-5), 8, coarse=0.6, renewed=0.5),
+        Stage("a", (square(16),), 24, 4, (1e-3, 8e-4), 16, renewed=0.5, told=1),
+        Stage("b", (square(16), Size(16, 24)), 16, 4, (8e-4, 1e-5), 8, coarse=0.6, renewed=0.5, told=0.5),
     ),
 )
 """For trying that everything runs."""
@@ -159,6 +165,13 @@ def distilling(base: Course, batch: int, samples: int, capacity: int, minutes: f
     return Course(name, base.widths, base.cast, (stage,), 0.95, 0.0, minutes, seed=19, base=base.name)
 
 
+def looking(base: Course, look: str, seed: int, batch: int, samples: int, capacity: int) -> Course:
+    """The LoRA of a look for a base; most of its samples are noisy, since a look is decided with the layout."""
+    sizes, rates = (square(64, 3), Size(64, 96), Size(96, 64), square(96, 0.5)), (2e-3, 1e-5)
+    stage = Stage("look", sizes, samples, batch, rates, capacity, noisy=0.3, emphasis=1.4, coarse=0.6, plain=0.5)
+    return Course(f"{base.name}-{look}", base.widths, base.cast, (stage,), 0.98, 0.0, seed=seed, base=base.name)
+
+
 BASES = (CPU, GPU, TINY)
 MORE = (
     refining(CPU, 8, 24_000, 1_280),
@@ -167,5 +180,8 @@ MORE = (
     distilling(CPU, 4, 4_000, 1_024),
     distilling(GPU, 96, 10, 8_192, minutes=2.5),
     distilling(TINY, 1, 3, 6),
+    looking(CPU, "pixel-art", 21, 4, 3_000, 640),
+    looking(CPU, "line-art", 23, 4, 2_000, 640),
+    looking(TINY, "pixel-art", 21, 1, 3, 6),
 )
 COURSES = {course.name: course for course in (*BASES, *MORE)}

@@ -21,12 +21,13 @@ from training.second import autoencoder
 from training.second.course import COURSES, Course
 from training.second.learn import Painter, painter
 from training.second.places import SECOND
-from training.second.reading import Reader
+from training.second.reading import LAYERS, Reader
 from training.second.refiner import refiner
 from training.second.vocabulary import Vocabulary, vocabulary
 from training.words import tokenizers
 
 LIMIT_BYTES = 80_000_000  # of everything that ships together
+LORAS = ("few-steps", "pixel-art", "line-art")
 TOKENIZERS = (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
 
 
@@ -47,7 +48,7 @@ def expand(small: nn.Module, large: nn.Module, known: Vocabulary) -> None:
 
 def encoders(reader: Reader) -> tuple[nn.Module, nn.Module]:
     """Both text encoders with CLIP's own vocabulary."""
-    first, second = architecture.text_encoders(architecture.VOCABULARY, architecture.EOS)
+    first, second = architecture.text_encoders(architecture.VOCABULARY, architecture.EOS, architecture.WIDER, LAYERS)
     with torch.no_grad():
         expand(reader.first, first, vocabulary())
         expand(reader.second, second, vocabulary())
@@ -109,11 +110,12 @@ def export(course: Course, target: Path, folder: Path = SECOND) -> dict[str, int
     if (folder / f"{course.name}-refiner.pt").exists():
         learned = refiner(COURSES[f"{course.name}-refiner"], folder)
         sizes["refiner"] = write(learned, autoencoder.settled(), target / "refiner", whole=False)
-    lora = folder / f"{course.name}-few-steps.safetensors"
-    if lora.exists():
-        (target / "loras").mkdir(parents=True, exist_ok=True)
-        shutil.copy(lora, target / "loras" / "few-steps.safetensors")
-        sizes["few-steps"] = lora.stat().st_size
+    for name in LORAS:
+        lora = folder / f"{course.name}-{name}.safetensors"
+        if lora.exists():
+            (target / "loras").mkdir(parents=True, exist_ok=True)
+            shutil.copy(lora, target / "loras" / f"{name}.safetensors")
+            sizes[name] = lora.stat().st_size
     return sizes
 
 

@@ -108,26 +108,33 @@ class Distillation(Run):
         distance: Tensor = ((error.square() + HUBER**2).sqrt() - HUBER).mean()
         return distance
 
-    def learned(self) -> Factors:
-        """The averaged factors of every module: ``down`` (rank, in, *kernel) and ``up`` (out, rank, *1)."""
-        found: Factors = {}
-        for name, module in adapted(self.painter.unet):
-            factor = self.average.module.get_submodule(f"factors.{name.replace('.', '/')}")
-            down, up = (getattr(factor, part).detach().cpu() for part in ("down", "up"))
-            shape = module.weight.shape
-            found[name] = down.view(RANK, *shape[1:]), up.view(*up.shape, *(1 for _ in shape[2:]))
-        return found
+
+def factors_of(student: Student, averaged: nn.Module) -> Factors:
+    """The averaged factors of every module: ``down`` (rank, in, *kernel) and ``up`` (out, rank, *1)."""
+    found: Factors = {}
+    for name, module in adapted(student.unet):
+        factor = averaged.get_submodule(f"factors.{name.replace('.', '/')}")
+        down, up = (getattr(factor, part).detach().cpu() for part in ("down", "up"))
+        shape = module.weight.shape
+        found[name] = down.view(RANK, *shape[1:]), up.view(*up.shape, *(1 for _ in shape[2:]))
+    return found
+
+
+def carry_on(run: Run, seconds: float, card: Card) -> list[float]:
+    """Go on with a run whose painter is a ``Student``, and write the factors as a LoRA file beside its state."""
+    losses = learn.carry_on(run, seconds)
+    if run.team.rank == 0:
+        assert isinstance(run.painter, Student)
+        learned = factors_of(run.painter, run.average.module)
+        write_lora(run.folder / f"{run.course.name}.safetensors", learned, card, ALPHA, run.step)
+    return losses
 
 
 def train(
     team: Team, course: Course, folder: Path = SECOND, seconds: float = 1e9, device: str | None = None, workers: int = 0
 ) -> list[float]:
-    """Go on with a distillation, and write the factors as a LoRA file beside its state."""
-    run = Distillation(course, folder, team, machine.device(device), workers)
-    losses = learn.carry_on(run, seconds)
-    if team.rank == 0:
-        write_lora(folder / f"{course.name}.safetensors", run.learned(), CARD, ALPHA, run.step)
-    return losses
+    """Go on with a distillation."""
+    return carry_on(Distillation(course, folder, team, machine.device(device), workers), seconds, CARD)
 
 
 if __name__ == "__main__":

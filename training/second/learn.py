@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from impasto.models.catalog import BUILTIN_FOLDER
 from training import architecture, checkpoint
+from training.arithmetic import short
 from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
 from training.second import art, autoencoder, cells, machine
@@ -33,13 +34,16 @@ from training.second.places import SECOND
 from training.second.plans import Fillings, Plan, Plans, capacity, material
 from training.second.reading import Reader
 from training.second.reading import trained as taught
+from training.second.render import render
 from training.second.reservoir import Reservoir, chunk
+from training.second.tables import Table
 from training.team import Team, alone, asked_to_stop, heed, together
 from training.unet import importance, signal_shares
 
 SAVE_EVERY = {"cpu": 180, "cuda": 60}  # seconds, by device
 REPORT_EVERY = 50  # steps
-SQUARES = 2.0  # how much the squares' error (``cells``) weighs beside the noise's
+TELLING = 2.0  # how much the error of what the text tells (``cells``) weighs beside the noise's
+WORN = 0.5  # the strongest noise on what is set down, so that the UNet learns to do with less
 
 
 class Painter(nn.Module):
@@ -47,7 +51,7 @@ class Painter(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
-        self.unet = architecture.unet(widths)
+        self.unet = architecture.unet(widths, architecture.WIDER)
         self.reader = Reader()
 
     def forward(self, noisy: Tensor, levels: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class Given:
     ids_2: Tensor
     kept: Tensor
     sizes: Tensor
-    shown: Tensor
+    meant: Tensor
 
 
 def drawn_noise(shape: tuple[int, ...], coarse: float, seed: int, device: torch.device) -> Tensor:
@@ -108,7 +112,8 @@ class Stores:
         if size not in self.by_size:
             shown = material(run.course, self.stage, size, run.team.rank)
             held = capacity(run.course, self.stage, run.team.size)
-            made = Reservoir(shown, held, run.art, run.vae, run.folder / "stores" if run.on_cpu else None)
+            kept = run.folder / "stores" if run.on_cpu else None
+            made = Reservoir(shown, held, run.art, run.vae, kept, run.paint)
             self.fill(made, self.plans.first(step, size))
             self.by_size[size] = made
         return self.by_size[size]
@@ -167,18 +172,20 @@ class Run:
         self.resume()
 
     @cached_property
-    def squares(self) -> Tensor:
-        """What the text's padding should tell; a run that leaves the text encoders alone never asks."""
-        return cells.table(self.art)
+    def told(self) -> cells.Told:
+        """What text should tell; a run that leaves the text encoders alone never asks."""
+        return cells.told(self.art, self.folder / cells.TABLE.name)
 
     def beginner(self) -> Painter:
         """The network before its first step."""
         made = Painter(self.course.widths)
         if self.course.warm_start:
-            made.unet.load_state_dict(first_edition(self.folder).state_dict())
+            known, wanted = first_edition(self.folder).state_dict(), made.unet.state_dict()
+            made.unet.load_state_dict({k: v for k, v in known.items() if v.shape == wanted[k].shape}, strict=False)
         else:
             start_unet(made.unet)
-        made.reader.load_state_dict(taught().state_dict())
+        if self.course.stages[0].told < 1:
+            made.reader.load_state_dict(taught().state_dict())
         return made
 
     def make_optimiser(self) -> torch.optim.AdamW | MuonBesideAdamW:
@@ -211,26 +218,44 @@ class Run:
         far = {"stage": self.stage, "stage_step": self.stage_step, "step": self.step, "samples": self.samples}
         checkpoint.save(self.state, weights | far | {"optimiser": self.optimiser.state_dict(), "spent": self.spent})
 
+    def paint(self, table: Table, drawings: art.Art) -> Tensor:
+        """What the pictures look like."""
+        return render(table, drawings)
+
+    @property
+    def seed(self) -> int:
+        """Of this process's step."""
+        return (self.course.seed * 1_000_003 + self.step) * 8 + self.team.rank
+
     def given(self, plan: Plan, store: Reservoir, stage: Stage) -> Given:
         """The plan's pictures, noised, on the device."""
         latents = store.at(plan.places)
         levels = plan.timesteps.to(self.device)
-        seed = (self.course.seed * 1_000_003 + self.step) * 8 + self.team.rank
-        noise = drawn_noise(tuple(latents.shape), stage.coarse, seed, self.device)
+        noise = drawn_noise(tuple(latents.shape), stage.coarse, self.seed, self.device)
         noisy = noised(latents, noise, self.shares[levels])
         kept, sizes = (torch.from_numpy(array).to(self.device) for array in (plan.kept, plan.sizes))
-        ids, ids_2, shown = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.shown))
-        return Given(noisy, noise, levels, ids, ids_2, kept, sizes, shown)
+        ids, ids_2, meant = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.meant))
+        return Given(noisy, noise, levels, ids, ids_2, kept, sizes, meant)
+
+    def text(self, given: Given, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """States, pooled vectors, and the error of what they tell; a share of the samples has what is set down."""
+        first = round(share * len(given.meant))
+        known, read = given.meant[:first], given.meant[first:]
+        sure = self.told.whole(known, WORN, self.seed), self.told.pooled(known)
+        if not len(read):
+            return *sure, sure[1].new_zeros(())
+        states, pooled = self.painter.reader(given.ids[first:], given.ids_2[first:])
+        squares, rest = cells.error(self.told, states, pooled, read)
+        return torch.cat([sure[0], states]), torch.cat([sure[1], pooled]), squares + rest / 16
 
     def loss_of(self, given: Given, stage: Stage) -> Tensor:
-        """The weighted error of the noise estimate, and that of what the text's padding tells."""
-        states, pooled = self.painter.reader(given.ids, given.ids_2)
-        told: Tensor = self.painter.reader.cells(states, self.squares, given.shown)
+        """The weighted error of the noise estimate, and that of what the text tells."""
+        states, pooled, untold = self.text(given, stage.told)
         states, pooled = states * given.kept[:, None, None], pooled * given.kept[:, None]
         made = self.model(given.noisy, given.levels, states, pooled, given.sizes)
         errors = (made.float() - given.noise).square().mean((1, 2, 3))
         weighted: Tensor = (errors * importance(self.shares[given.levels], stage.emphasis)).mean()
-        return weighted + SQUARES * told
+        return weighted + TELLING * untold
 
     def advance(self, plan: Plan, store: Reservoir, share: float) -> Tensor:
         """One step; returns its loss, still on the device."""
@@ -241,7 +266,7 @@ class Run:
             group["lr"] = group["pace"] * warm * (first + (last - first) * share)
         given = self.given(plan, store, stage)
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with short(self.device):
             loss = self.loss_of(given, stage)
         torch.autograd.backward(loss)
         self.team.share_gradients(self.painter)
@@ -253,8 +278,12 @@ class Run:
         return loss.detach()
 
     def enter(self, stage: int) -> None:
-        """Begin a stage, if it is another than before."""
+        """Begin a stage, if it is another than before; at the first that reads, the text encoders come taught."""
+        stages = self.course.stages
         if stage != self.stage:
+            if stages[self.stage].told == 1 and stages[stage].told < 1:
+                for module in (self.painter, self.average.module):
+                    module.get_submodule("reader").load_state_dict(taught().state_dict())
             self.stage, self.stage_step = stage, 0
 
 

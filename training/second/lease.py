@@ -31,7 +31,7 @@ from training.second.vocabulary import vocabulary
 from training.team import alone, heed
 
 LUGGAGE = CACHE.parent / "gpu"
-NEEDED = ("art.zip", "vocabulary.json", "reading.pt", "vae.pt")
+NEEDED = ("art.zip", "vocabulary.json", "reading.pt", "told.pt", "vae.pt")
 LEDGER = "ledger.json"
 RESULTS, PART = "weights.zip", 15 << 20  # bytes of one part
 RESERVE = 45.0  # seconds at the end of a call for pictures and results
@@ -188,9 +188,9 @@ def pack(folder: Path = LUGGAGE) -> int:
         drawings.pack()
     vocabulary()
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(SECOND / "art.zip", folder)
-    shutil.copy(SECOND / "vocabulary.json", folder)
-    torch.save({"reader": reading.trained().state_dict()}, folder / "reading.pt")
+    for name in ("art.zip", "vocabulary.json", "told.pt"):
+        shutil.copy(SECOND / name, folder)
+    torch.save({"average": reading.trained().state_dict()}, folder / "reading.pt")
     torch.save(halved(autoencoder.settled().state_dict()), folder / "vae.pt")
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from training.architecture import PROMPT_TOKENS
 from training.batches import DROPPED, EMPTY, timesteps
 from training.second.captions import caption
+from training.second.cells import UNSAID, meaning
 from training.second.course import Course
-from training.second.reading import LENGTH, NOTHING, shown
 from training.second.reservoir import Material, first_at
 from training.second.tables import Table, tabulate
 from training.second.vocabulary import vocabulary
@@ -26,7 +27,7 @@ from training.second.vocabulary import vocabulary
 class Plan:
     """One step. ``kept`` is 0 where the text is dropped to zeros; ``sizes`` are SDXL's six numbers.
 
-    ``shown`` are the things and the style that the text tells of (n, 3).
+    ``meant`` is what each text says (n, 9), see ``cells.meaning``.
     """
 
     size: int
@@ -38,14 +39,14 @@ class Plan:
     timesteps: Tensor
     kept: NDArray[np.float32]
     sizes: NDArray[np.float32]
-    shown: Tensor
+    meant: Tensor
 
 
 def material(course: Course, stage: int, size: int, rank: int) -> Material:
     """What the reservoir of a stage's size holds; each process of a team has its own."""
     of = course.stages[stage]
     seed = 1000 * course.seed + 10 * stage + 100 * rank
-    return Material(of.sizes[size].height, of.sizes[size].width, course.cast, of.plain, of.pairs, seed)
+    return Material(of.sizes[size].height, of.sizes[size].width, of.cast or course.cast, of.plain, of.pairs, seed)
 
 
 def capacity(course: Course, stage: int, team: int) -> int:
@@ -95,7 +96,7 @@ class Plans(Dataset[Plan]):
         numbers = first + rng.integers(held, size=count)
         scenes = [source.scene(int(number)) for number in numbers]
         texts = ["" if rng.random() < EMPTY else caption(rng, scene) for scene in scenes]
-        ids, ids_2 = vocabulary().encode(texts, LENGTH)
+        ids, ids_2 = vocabulary().encode(texts, PROMPT_TOKENS)
         return Plan(
             size,
             renewed,
@@ -106,7 +107,7 @@ class Plans(Dataset[Plan]):
             timesteps(rng, count, of.noisy) * of.top // 1000,
             (rng.random(count) > DROPPED).astype(np.float32),
             np.array([scene.frame.ids for scene in scenes], np.float32),
-            ids.new_tensor([shown(s) if t else (NOTHING, NOTHING, 0) for s, t in zip(scenes, texts, strict=True)]),
+            ids.new_tensor([meaning(s) if t else UNSAID for s, t in zip(scenes, texts, strict=True)]),
         )
 
 

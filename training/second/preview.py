@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from training.architecture import PROMPT_TOKENS
 from training.second import autoencoder, machine
 from training.second.course import COURSES
 from training.second.learn import Painter, painter
 from training.second.places import SECOND
-from training.second.reading import LENGTH
 from training.second.vocabulary import vocabulary
 from training.unet import signal_shares
 
@@ -30,7 +30,7 @@ PROMPTS = (
     "a rocket",
     "a red mushroom on a blue background",
     "flat icon of a guitar on an orange background",
-    "line icon of a bicycle",
+    "black and white drawing of a bicycle",
     "a motorcycle in the desert at sunset with mountains",
     "motorcycle, desert, cactus, sunset, mountain",
     "a cat next to a mushroom",
@@ -52,7 +52,7 @@ def sample(
     """Latents (prompts, 4, height, width), each from its own seed; words outside the vocabulary are left out."""
     place, shares, known = next(made.parameters()).device, signal_shares(), vocabulary()
     said = [" ".join(w for w in text.replace(",", " , ").split() if w in known.rows) for text in prompts]
-    ids, ids_2 = (t.to(place) for t in known.encode(said, LENGTH))
+    ids, ids_2 = (t.to(place) for t in known.encode(said, PROMPT_TOKENS))
     states, pooled = made.reader(ids, ids_2)
     states, pooled = torch.cat([torch.zeros_like(states), states]), torch.cat([torch.zeros_like(pooled), pooled])
     six = torch.tensor([[8 * height, 8 * width, 0, 0, 8 * height, 8 * width]], dtype=torch.float32, device=place)

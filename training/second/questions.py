@@ -49,7 +49,7 @@ def unseen(rng: np.random.Generator, cast: Sequence[int], kind: str, subject: in
             prompt, made = f"{article(name)} {name} {on(colour)}", scene([(subject, 0.74, 0.5, 0.5)], 0, colour)
         elif kind == "style":
             style = 1 + int(rng.integers(len(STYLES) - 1))
-            words = ("flat icon of", "line icon of")[style - 1]
+            words = ("flat icon of", "black and white drawing of")[style - 1]
             prompt, made = (
                 f"{words} {article(name)} {name} {on(colour)}",
                 scene([(subject, 0.74, 0.5, 0.5)], style, colour),

@@ -34,9 +34,8 @@ BLOTCHES = 0.25  # the most that a blotch adds, in deviations of the latents
 
 def network(widths: tuple[int, int, int]) -> UNet2DConditionModel:
     """The base's UNet, but for what it is conditioned on: one text encoder, and five numbers instead of six."""
-    config = dict(architecture.unet(widths).config)
-    numbers = 5 * architecture.TIME_DIM + architecture.TEXT_2_WIDTH
-    changed = {"cross_attention_dim": architecture.TEXT_2_WIDTH, "projection_class_embeddings_input_dim": numbers}
+    config, text = dict(architecture.unet(widths).config), architecture.WIDER[1]
+    changed = {"cross_attention_dim": text, "projection_class_embeddings_input_dim": 5 * architecture.TIME_DIM + text}
     made: UNet2DConditionModel = UNet2DConditionModel.from_config(config | changed)
     return made
 
@@ -90,28 +89,27 @@ class RefinerRun(Run):
     def given(self, plan: Plan, store: Reservoir, stage: Stage) -> Given:
         """Worn pictures under noise; the noise to be told leads to clean ones, or to blurred ones at a low score."""
         latents, levels = store.at(plan.places), plan.timesteps.to(self.device)
-        seed = (self.course.seed * 1_000_003 + self.step) * 8 + self.team.rank
-        dice = torch.Generator().manual_seed(seed)
+        dice = torch.Generator().manual_seed(self.seed)
         poor = (torch.rand(len(latents), generator=dice) < POORLY).to(self.device)
         chance = torch.rand(len(latents), generator=dice).to(self.device)
         score = torch.where(poor, POOR[0] + chance * (POOR[1] - POOR[0]), GOOD[0] + chance * (GOOD[1] - GOOD[0]))
         wanted = torch.where(poor[:, None, None, None], blurred(latents), latents)
         share = self.shares[levels]
-        noise = drawn_noise(tuple(latents.shape), 0.0, seed, self.device)
-        noisy = noised(worn(wanted, seed, share), noise, share)
+        noise = drawn_noise(tuple(latents.shape), 0.0, self.seed, self.device)
+        noisy = noised(worn(wanted, self.seed, share), noise, share)
         column = share[:, None, None, None]
         led = (noisy - column.sqrt() * wanted) / (1 - column).sqrt()
         sizes = torch.from_numpy(plan.sizes).to(self.device)
         five = torch.cat([sizes[:, :4], score[:, None]], 1)
         kept = torch.from_numpy(plan.kept).to(self.device)
-        ids, ids_2, shown = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.shown))
-        return Given(noisy, led, levels, ids, ids_2, kept, five, shown)
+        ids, ids_2, meant = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.meant))
+        return Given(noisy, led, levels, ids, ids_2, kept, five, meant)
 
     def loss_of(self, given: Given, stage: Stage) -> Tensor:
         """The weighted error of the noise estimate, with the second encoder's text alone."""
         with torch.no_grad():
             states, pooled = self.painter.reader(given.ids, given.ids_2)
-        states = states[..., architecture.TEXT_WIDTH :] * given.kept[:, None, None]
+        states = states[..., architecture.WIDER[0] :] * given.kept[:, None, None]
         made = self.model(given.noisy, given.levels, states, pooled * given.kept[:, None], given.sizes)
         errors = (made.float() - given.noise).square().mean((1, 2, 3))
         weighted: Tensor = (errors * importance(self.shares[given.levels], stage.emphasis)).mean()

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from training.second.art import LEVELS, SIDE, Art
 from training.second.tables import MOST, PEAKS, STARS, Table
 
-DARK, LIGHT = 20 / 255, 245 / 255
 ROCK, CAP, SUN = (112, 116, 140), (244, 247, 255), (255, 240, 190)
 
 
@@ -155,12 +154,7 @@ def lay(made: Tensor, table: Table, art: Art, which: int) -> None:
         x = (torch.arange(table.width, device=device)[None] + 0.5 + window[:, 1:2] - spot[:, 3:4]) * 2 / spot[:, 1:2]
         places = torch.stack([x[:, None].expand(-1, table.height, -1), y[:, :, None].expand(-1, -1, table.width)], -1)
         laid = F.grid_sample(drawings, places, mode="bilinear", padding_mode="zeros", align_corners=False)
-        ink, alpha = laid[:, :3], laid[:, 3:]
-        under = made[rows]
-        light = (under * alpha).sum((1, 2, 3)) / (3 * alpha.sum((1, 2, 3))).clamp(min=1e-6)
-        shade = torch.where(light < 0.45, LIGHT, DARK)[:, None, None, None]
-        line = torch.from_numpy(table.flags[rows, 6]).to(device)[:, None, None, None]
-        made[rows] = under * (1 - alpha) + ink + line * (alpha * shade - ink)
+        made[rows] = made[rows] * (1 - laid[:, 3:]) + laid[:, :3]
 
 
 def render(table: Table, art: Art) -> Tensor:

@@ -8,6 +8,7 @@ Knows scenes, pictures and the autoencoder. Does not know captions, noise or the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,11 @@ def first_at(step: int, renewed: float) -> int:
 class Reservoir:
     """Latents (capacity, 4, height, width) in half precision, and the number of the scene each one shows."""
 
-    def __init__(self, material: Material, capacity: int, art: Art, vae: AutoencoderKL, folder: Path | None) -> None:
-        self.material, self.capacity, self.art, self.vae = material, capacity, art, vae
+    def __init__(
+        self, material: Material, capacity: int, art: Art, vae: AutoencoderKL, folder: Path | None,
+        paint: Callable[[Table, Art], Tensor] = render,
+    ) -> None:  # fmt: skip
+        self.material, self.capacity, self.art, self.vae, self.paint = material, capacity, art, vae, paint
         shape = (capacity, 4, material.height, material.width)
         if folder is None:
             self.latents = torch.zeros(shape, dtype=torch.float16, device=art.device)
@@ -77,7 +81,7 @@ class Reservoir:
         """Paint and encode some scenes, given as a table, and put them in their places."""
         device = self.art.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            given = render(table, self.art).contiguous(memory_format=torch.channels_last)
+            given = self.paint(table, self.art).contiguous(memory_format=torch.channels_last)
             latents = self.vae.encode(given).latent_dist.mean
         places = [number % self.capacity for number in numbers]
         self.numbers[places] = EMPTY  # whoever is stopped here finds an empty place, not a torn one

@@ -20,8 +20,9 @@ PLACES = {
     "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
 RELATIONS = ("beside", "over")
-MIDDLE, SMALL, LARGE = (0.62, 0.86), (0.28, 0.4), (0.9, 0.98)
-OFF, PAIR, TRIPLE, STANDING = (0.34, 0.48), (0.38, 0.47), (0.27, 0.31), (0.4, 0.62)
+MIDDLE, SMALL, LARGE = (0.66, 0.82), (0.3, 0.38), (0.9, 0.98)
+OFF, PAIR, TRIPLE, STANDING = (0.37, 0.47), (0.39, 0.46), (0.27, 0.31), (0.46, 0.58)
+FLOOR, ASIDE, ROW = 0.92, 0.24, (0.18, 0.82)  # where things stand in a scenery; how far off the middle; three in a row
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ def one(rng: np.random.Generator, subject: int, scenic: bool) -> tuple[tuple[Thi
         place = list(PLACES)[int(rng.integers(len(PLACES)))]
         across, down = PLACES[place]
         size = rng.uniform(*OFF)
-        return (Thing(subject, size, 0.5 + 0.24 * across + near(rng), 0.5 + 0.24 * down + near(rng)),), place
+        return (Thing(subject, size, 0.5 + ASIDE * across + near(rng), 0.5 + ASIDE * down + near(rng)),), place
     if kind < 0.3:
         return (Thing(subject, rng.uniform(*SMALL), 0.5 + near(rng), 0.5 + near(rng)),), "small"
     if kind < 0.36:
         return (Thing(subject, rng.uniform(*LARGE), 0.5, 0.5),), "large"
-    if scenic and kind < 0.75:
+    if scenic:
         size = rng.uniform(*STANDING)
-        return (Thing(subject, size, 0.5 + 4 * near(rng), 0.92 - size / 2 + near(rng)),), ""
+        return (Thing(subject, size, 0.5 + 2 * near(rng), FLOOR - size / 2 + near(rng)),), ""
     return (Thing(subject, rng.uniform(*MIDDLE), 0.5 + near(rng), 0.5 + near(rng)),), ""
 
 
@@ -150,10 +151,10 @@ def two(rng: np.random.Generator, first: int, second: int) -> tuple[tuple[Thing,
     """Two objects side by side, or the first over the second."""
     size, other = rng.uniform(*PAIR, 2)
     if rng.random() < 0.3 and first != second:
-        above = Thing(first, size, 0.5 + 2 * near(rng), 0.26 + near(rng))
-        return (above, Thing(second, other, 0.5 + 2 * near(rng), 0.74 + near(rng))), "over"
-    level = 0.5 + 2 * near(rng)
-    return (Thing(first, size, 0.26 + near(rng), level), Thing(second, other, 0.74 + near(rng), level)), "beside"
+        above = Thing(first, size, 0.5 + near(rng), 0.5 - ASIDE + near(rng))
+        return (above, Thing(second, other, 0.5 + near(rng), 0.5 + ASIDE + near(rng))), "over"
+    left, right, level = 0.5 - ASIDE + near(rng), 0.5 + ASIDE + near(rng), 0.5 + near(rng)
+    return (Thing(first, size, left, level), Thing(second, other, right, level)), "beside"
 
 
 def things(rng: np.random.Generator, cast: int, scenic: bool, pairs: float) -> tuple[tuple[Thing, ...], str]:
@@ -164,7 +165,9 @@ def things(rng: np.random.Generator, cast: int, scenic: bool, pairs: float) -> t
         return two(rng, subject, other)
     if kind < 1.12 * pairs:
         row = 0.5 + near(rng)
-        return tuple(Thing(subject, rng.uniform(*TRIPLE), x + near(rng) / 2, row) for x in (0.18, 0.5, 0.82)), "three"
+        return tuple(
+            Thing(subject, rng.uniform(*TRIPLE), x + near(rng) / 2, row) for x in (ROW[0], 0.5, ROW[1])
+        ), "three"
     if scenic and rng.random() < 0.08:
         return (), ""
     return one(rng, subject, scenic)
@@ -190,3 +193,27 @@ def draw(
         made = Scene(objects, style, behind, frame(rng, height, width), said)
         if held_out(made) == kept_out:
             return made if not kept_out else replace(made, frame=Frame(height, width))
+
+
+def usual(said: str, scenic: bool) -> tuple[Thing, Thing]:
+    """Where the first two things of a scene are on the whole, given what is said of it (subjects are left 0)."""
+    low, high = 0.5 - ASIDE, 0.5 + ASIDE
+    if said == "beside":
+        return Thing(0, middle(PAIR), low, 0.5), Thing(0, middle(PAIR), high, 0.5)
+    if said == "over":
+        return Thing(0, middle(PAIR), 0.5, low), Thing(0, middle(PAIR), 0.5, high)
+    if said == "three":
+        return Thing(0, middle(TRIPLE), ROW[0], 0.5), Thing(0, middle(TRIPLE), ROW[1], 0.5)
+    if said in PLACES:
+        across, down = PLACES[said]
+        spot = Thing(0, middle(OFF), 0.5 + ASIDE * across, 0.5 + ASIDE * down)
+    elif said or not scenic:
+        spot = Thing(0, middle({"small": SMALL, "large": LARGE}.get(said, MIDDLE)), 0.5, 0.5)
+    else:
+        spot = Thing(0, middle(STANDING), 0.5, FLOOR - middle(STANDING) / 2)
+    return spot, spot
+
+
+def middle(sizes: tuple[float, float]) -> float:
+    """Of a range."""
+    return sum(sizes) / 2

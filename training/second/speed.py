@@ -12,10 +12,11 @@ import time
 
 import torch
 
+from training.architecture import PROMPT_TOKENS
+from training.arithmetic import short
 from training.linear_start import start_unet
 from training.second import machine
 from training.second.learn import Painter
-from training.second.reading import LENGTH
 from training.second.vocabulary import vocabulary
 
 WIDTHS = ((32, 64, 128), (32, 96, 192), (48, 96, 192), (64, 128, 256))
@@ -31,7 +32,7 @@ def samples_a_second(widths: tuple[int, int, int], side: int, place: torch.devic
     machine.suit_readers((made.reader.first, made.reader.second), place)
     made.to(place)
     optimiser = torch.optim.AdamW(made.parameters(), 1e-4, fused=True)
-    ids = torch.randint(0, len(vocabulary().used), (count, LENGTH), device=place)
+    ids = torch.randint(0, len(vocabulary().used), (count, PROMPT_TOKENS), device=place)
     ids[:, -1] = vocabulary().marks[1]
     noisy = torch.randn(count, 4, side, side, device=place).contiguous(memory_format=torch.channels_last)
     levels, sizes = torch.randint(0, 1000, (count,), device=place), torch.full((count, 6), 512.0, device=place)
@@ -41,7 +42,7 @@ def samples_a_second(widths: tuple[int, int, int], side: int, place: torch.devic
         if step == 2:
             began = finished(clock, place)
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(place.type, torch.bfloat16):
+        with short(place):
             states, pooled = made.reader(ids, ids)
             loss = made(noisy, levels, states, pooled, sizes).float().square().mean()
         torch.autograd.backward(loss)

@@ -15,8 +15,8 @@ from training.subjects import BACKGROUNDS
 
 TABLE = Path(__file__).with_name("subjects.tsv")
 COLOURS = tuple(BACKGROUNDS)
-STYLES: tuple[str, ...] = ("3d", "flat", "line")
-"""``3d`` (soft gradients) is what a prompt without a style word means; ``line`` is an icon of one colour."""
+STYLES: tuple[str, ...] = ("3d", "flat", "mono")
+"""``3d`` (soft gradients) is what a prompt without a style word means; ``mono`` is the flat drawing in greys."""
 LANDS: tuple[str, ...] = ("sky", "desert", "meadow", "sea", "snow")
 """What lies below the horizon; ``sky`` is none, sky all the way down."""
 SKIES: tuple[str, ...] = ("day", "sunset", "night")
@@ -25,11 +25,10 @@ IRREGULAR = {"mouse": "mice", "fish": "fish", "sheep": "sheep", "die": "dice", "
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing with pictures: its name, the emoji and the line icon that show it, other words, its natural colour."""
+    """One thing with pictures: its name, the emoji that shows it, other words, its natural colour."""
 
     name: str
     code: str
-    icon: str
     synonyms: tuple[str, ...]
     colour: str
 
@@ -54,7 +53,6 @@ def subjects() -> tuple[Subject, ...]:
         Subject(
             row["name"],
             row["code"],
-            row["icon"],
             tuple(word for word in (row["synonyms"] or "").split(",") if word),
             row["colour"] or "",
         )

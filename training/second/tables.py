@@ -38,7 +38,7 @@ class Table:
 
     ``window``: top, left, canvas height, canvas width, sharpness. ``colour``: RGB 0..1, or -1 before a scenery.
     ``sky`` (n, 3, 3), ``land`` (n, 2, 3), ``light`` (n, 3): colours 0..1. ``flags``: land, sea, desert, sunset, night,
-    mountains, line style. ``lots``: horizon, sun's place and size, wave's height, length and phase, dune's phase.
+    mountains. ``lots``: horizon, sun's place and size, wave's height, length and phase, dune's phase.
     ``peaks`` (n, 4, 4): height, middle, steepness, snow line. ``stars`` (n, 26, 3): y, x, size.
     ``things`` (n, 3, 4): drawing (-1: none), side, middle y, middle x; pixels of the canvas.
     """
@@ -89,10 +89,10 @@ def lots(ground: Ground, aspect: float) -> tuple[list[float], Floats, Floats]:
 def flags(scene: Scene) -> list[bool]:
     """The yes and no of a scene."""
     ground = scene.ground
-    land, sky, style = LANDS[ground.land], SKIES[ground.sky], STYLES[scene.style]
+    land, sky = LANDS[ground.land], SKIES[ground.sky]
     scenic = not ground.plain
     says = (land != "sky", land == "sea", land == "desert", sky == "sunset", sky == "night", ground.mountains)
-    return [*(scenic and bool(said) for said in says), style == "line"]
+    return [scenic and bool(said) for said in says]
 
 
 def objects(scene: Scene) -> list[list[float]]:

@@ -39,13 +39,16 @@ class Vocabulary:
         """Rows of words that change nothing: what an unknown word is taken for."""
         return tuple(sorted({row for text in (*FILLERS, *MORE_FILLERS) for w in text.split() for row in self.rows[w]}))
 
+    def rows_of(self, text: str) -> list[int]:
+        """The rows of a text's words, one after the other."""
+        return [row for word in spelled(text) for row in self.rows[word]]
+
     def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Padded rows (texts, length) for the first and the second encoder; what is too long is cut."""
         bos, eos, mark = self.marks
         first, second = torch.full((len(texts), length), eos), torch.full((len(texts), length), mark)
         for at, text in enumerate(texts):
-            found = [row for word in spelled(text) for row in self.rows[word]]
-            ids = torch.tensor([bos, *found[: length - 2], eos])
+            ids = torch.tensor([bos, *self.rows_of(text)[: length - 2], eos])
             first[at, : len(ids)] = second[at, : len(ids)] = ids
         return first, second
 
