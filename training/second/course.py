@@ -113,11 +113,11 @@ CPU = Course(
             "told", (square(16),), 109_000, 64, (1.6e-3, 1e-3), 4_096, 0.3, 2.0, 0, 0.0625, 0.75, 0.12, told=1, cast=ALL
         ),
         Stage("16", (square(16),), 40_000, 64, (1e-3, 8e-4), 4_096, 0.3, 2.0, pairs=0.12, told=0.3, cast=ALL),
-        Stage("32", (square(32),), 40_000, 48, (1e-3, 8e-4), 3_072, 0.2, 1.7, coarse=0.3, told=0.3),
-        Stage("64", (square(64),), 60_000, 24, (8e-4, 2e-4), 2_048, noisy=0.6, emphasis=1.8, coarse=0.6),
+        Stage("32", (square(32),), 36_000, 48, (1e-3, 8e-4), 2_048, 0.2, 1.7, coarse=0.3, told=0.3),
+        Stage("64", (square(64),), 30_000, 24, (8e-4, 2e-4), 1_024, noisy=0.6, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 12, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
-    reader_pace=0.5,
+    reader_pace=0.2,
     muon=2.5,
     warm_start=True,
 )

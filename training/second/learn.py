@@ -208,7 +208,10 @@ class Run:
         self.painter.load_state_dict(done["live"])
         self.average.module.load_state_dict(done["average"])
         if "optimiser" in done:
+            paces = [group["pace"] for group in self.optimiser.param_groups]
             self.optimiser.load_state_dict(done["optimiser"])
+            for group, pace in zip(self.optimiser.param_groups, paces, strict=True):
+                group["pace"] = pace  # the course's, which may have been changed in between
         self.stage, self.stage_step, self.step = done["stage"], done["stage_step"], done["step"]
         self.samples, self.spent = done["samples"], done["spent"]
 
