@@ -6,6 +6,7 @@ Knows files and state dictionaries. Does not know what is being trained.
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write beside, then replace: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state, beside)
     beside.replace(path)
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training import architecture, words
+from training import architecture, checkpoint, words
+from training.arithmetic import CPU as CPU_DEVICE
+from training.arithmetic import short
 from training.places import BUILTIN
 from training.second import art, autoencoder, cells, course, learn, plans, reading, reservoir, scene, tables
 from training.second import vocabulary as vocabulary_module
@@ -215,8 +217,8 @@ TINY = Course(
     widths=(32, 64, 128),
     cast=8,
     stages=(
-        Stage("a", (Size(8, 8),), 8, 2, (1e-3, 1e-4), 6, renewed=0.5, coarse=0.6),
-        Stage("b", (Size(8, 8), Size(8, 16)), 4, 2, (1e-3, 1e-4), 4, renewed=0.5),
+        Stage("a", (Size(8, 8),), 8, 2, (1e-3, 1e-4), 6, renewed=0.5, coarse=0.6, told=1, cast=16),
+        Stage("b", (Size(8, 8), Size(8, 16)), 4, 2, (1e-3, 1e-4), 4, renewed=0.5, told=0.5),
     ),
 )
 
@@ -246,17 +248,18 @@ def test_every_plan_finds_its_pictures_in_store_whichever_sizes_came_between() -
     assert len(stores) == 2 and all(store.max() > held for store in stores.values())
 
 
+def untaught() -> reading.Reader:
+    """Text encoders that have learned nothing, always the same."""
+    torch.manual_seed(1)
+    return reading.Reader()
+
+
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> list[float]:
     """Train on a tiny course, asked to stop after so many questions whether to."""
     asked = iter(range(10_000))
     monkeypatch.setattr(learn.art, "load", lambda _device: red_squares())
     monkeypatch.setattr(autoencoder, "settled", small_vae)
     monkeypatch.setattr(learn, "asked_to_stop", lambda: next(asked) >= stop_after)
-
-    def untaught() -> reading.Reader:
-        torch.manual_seed(1)
-        return reading.Reader()
-
     monkeypatch.setattr(learn, "taught", untaught)
     return learn.train(alone(), TINY, folder, device="cpu")
 
@@ -270,6 +273,62 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert 0 < len(parts) < len(whole) == 6
     parts += trained(tmp_path / "parts", monkeypatch, 10_000)
     assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_text_encoders_come_in_taught_when_they_are_first_read(
+    known: vocabulary_module.Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before, and only once; of a run that has not met them the weights come with them all the same."""
+    trained(tmp_path, monkeypatch, 4)
+    run = learn.Run(TINY, tmp_path, alone(), torch.device("cpu"), 0)
+    taught = untaught().state_dict()
+
+    def alike(reader: torch.nn.Module) -> bool:
+        return all(torch.equal(value, taught[name]) for name, value in reader.state_dict().items())
+
+    assert 0 < run.step < TINY.stages[0].steps and not alike(run.painter.reader)
+    assert alike(learn.painter(TINY, tmp_path).reader)
+    run.enter(1)
+    assert alike(run.painter.reader) and alike(run.average.module.get_submodule("reader"))
+    with torch.no_grad():
+        run.painter.reader.first.get_input_embeddings().weight.add_(1)
+    run.enter(1)
+    assert not alike(run.painter.reader)
+
+
+def test_what_is_set_down_does_not_tell_the_noise(known: vocabulary_module.Vocabulary, tmp_path: Path) -> None:
+    """The numbers in place of words are other lots than the noise of the same step."""
+    told = cells.told(red_squares(), tmp_path / "told.pt")
+    words = told.whole(torch.tensor([cells.UNSAID]), 0.5, 7 + learn.APART)[0, :4].flatten()
+    noise = learn.drawn_noise((1, 4, 16, 16), 0.0, 7, torch.device("cpu")).flatten()
+    assert abs(float(torch.corrcoef(torch.stack([words, noise]))[0, 1])) < 0.2
+    again = cells.told(Art({side: drawn * 0 for side, drawn in red_squares().levels.items()}), tmp_path / "told.pt")
+    assert torch.equal(again.cells, told.cells)  # as they were written down
+
+
+def test_a_stage_may_have_a_cast_of_its_own() -> None:
+    """Its pictures show more subjects than the course's."""
+    assert plans.material(TINY, 0, 0, 0).cast == 16 and plans.material(TINY, 1, 0, 0).cast == TINY.cast
+
+
+def test_short_arithmetic_is_used_where_the_processor_has_it() -> None:
+    """A product is bfloat16 there, and float32 elsewhere or where it is not wanted."""
+    has, ones = torch.cpu._is_avx512_bf16_supported(), torch.ones(2, 2)
+    for wanted in (True, False):
+        with short(CPU_DEVICE, wanted):
+            assert (ones @ ones).dtype == (torch.bfloat16 if has and wanted else torch.float32)
+
+
+def test_lessons_that_are_not_over_are_not_taken_for_taught(
+    known: vocabulary_module.Vocabulary, tmp_path: Path
+) -> None:
+    """A state in the middle says how far it is; one at the end is the reader."""
+    state = {"average": untaught().state_dict(), "step": 3, "steps": 4}
+    checkpoint.save(tmp_path / "reading.pt", state)
+    with pytest.raises(ValueError, match="3 of 4 steps"):
+        reading.trained(tmp_path / "reading.pt")
+    checkpoint.save(tmp_path / "reading.pt", state | {"step": 4})
+    assert isinstance(reading.trained(tmp_path / "reading.pt"), reading.Reader)
 
 
 def test_the_reading_lesson_asks_for_what_the_caption_says(known: vocabulary_module.Vocabulary) -> None:

@@ -172,7 +172,7 @@ def looking(base: Course, look: str, seed: int, batch: int, samples: int, capaci
     return Course(f"{base.name}-{look}", base.widths, base.cast, (stage,), 0.98, 0.0, seed=seed, base=base.name)
 
 
-BASES = (CPU, GPU, TINY)
+BASES = {course.name: course for course in (CPU, GPU, TINY)}
 MORE = (
     refining(CPU, 8, 24_000, 1_280),
     refining(GPU, 256, 10, 8_192, minutes=3.0),
@@ -183,5 +183,8 @@ MORE = (
     looking(CPU, "pixel-art", 21, 4, 3_000, 640),
     looking(CPU, "line-art", 23, 4, 2_000, 640),
     looking(TINY, "pixel-art", 21, 1, 3, 6),
+    looking(TINY, "line-art", 23, 1, 3, 6),
+    looking(GPU, "pixel-art", 21, 64, 20_000, 4_096),
+    looking(GPU, "line-art", 23, 64, 12_000, 4_096),
 )
-COURSES = {course.name: course for course in (*BASES, *MORE)}
+COURSES = {course.name: course for course in (*BASES.values(), *MORE)}

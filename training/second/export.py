@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import architecture, card
 from training.export import settle_files, settle_scheduler, swap, write_tokenizer
 from training.second import autoencoder
-from training.second.course import COURSES, Course
+from training.second.course import BASES, COURSES, Course
 from training.second.learn import Painter, painter
 from training.second.places import SECOND
 from training.second.reading import LAYERS, Reader
@@ -121,8 +121,8 @@ def export(course: Course, target: Path, folder: Path = SECOND) -> dict[str, int
 
 if __name__ == "__main__":
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("course", choices=sorted(name for name, course in COURSES.items() if not course.base))
+    asked.add_argument("course", choices=sorted(BASES))
     asked.add_argument("--target", type=Path, default=SECOND / "export")
     chosen = asked.parse_args()
-    for part, size in export(COURSES[chosen.course], chosen.target).items():
+    for part, size in export(BASES[chosen.course], chosen.target).items():
         print(f"{part}: {size / 1e6:.1f} MB")

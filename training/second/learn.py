@@ -28,7 +28,7 @@ from training.arithmetic import short
 from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
 from training.second import art, autoencoder, cells, machine
-from training.second.course import COURSES, Course, Stage
+from training.second.course import BASES, COURSES, Course, Stage
 from training.second.optimiser import MuonBesideAdamW, adamw
 from training.second.places import SECOND
 from training.second.plans import Fillings, Plan, Plans, capacity, material
@@ -43,6 +43,7 @@ from training.unet import importance, signal_shares
 SAVE_EVERY = {"cpu": 180, "cuda": 60}  # seconds, by device
 REPORT_EVERY = 50  # steps
 TELLING = 2.0  # how much the error of what the text tells (``cells``) weighs beside the noise's
+APART = 1 << 30  # between the seeds of the noise to be told and of any other of a step; torch takes 32 bits of them
 WORN = 0.5  # the strongest noise on what is set down, so that the UNet learns to do with less
 
 
@@ -113,7 +114,7 @@ class Stores:
             shown = material(run.course, self.stage, size, run.team.rank)
             held = capacity(run.course, self.stage, run.team.size)
             kept = run.folder / "stores" if run.on_cpu else None
-            made = Reservoir(shown, held, run.art, run.vae, kept, run.paint)
+            made = Reservoir(shown, held, run.art, run.vae, kept, run.paint, run.look)
             self.fill(made, self.plans.first(step, size))
             self.by_size[size] = made
         return self.by_size[size]
@@ -221,6 +222,8 @@ class Run:
         far = {"stage": self.stage, "stage_step": self.stage_step, "step": self.step, "samples": self.samples}
         checkpoint.save(self.state, weights | far | {"optimiser": self.optimiser.state_dict(), "spent": self.spent})
 
+    look = ""  # what pictures are redrawn as, if anything
+
     def paint(self, table: Table, drawings: art.Art) -> Tensor:
         """What the pictures look like."""
         return render(table, drawings)
@@ -244,7 +247,7 @@ class Run:
         """States, pooled vectors, and the error of what they tell; a share of the samples has what is set down."""
         first = round(share * len(given.meant))
         known, read = given.meant[:first], given.meant[first:]
-        sure = self.told.whole(known, WORN, self.seed), self.told.pooled(known)
+        sure = self.told.whole(known, WORN, self.seed + APART), self.told.pooled(known)
         if not len(read):
             return *sure, sure[1].new_zeros(())
         states, pooled = self.painter.reader(given.ids[first:], given.ids_2[first:])
@@ -284,6 +287,8 @@ class Run:
         """Begin a stage, if it is another than before; at the first that reads, the text encoders come taught."""
         stages = self.course.stages
         if stage != self.stage:
+            if self.team.rank == 0:
+                self.keep()
             if stages[self.stage].told == 1 and stages[stage].told < 1:
                 for module in (self.painter, self.average.module):
                     module.get_submodule("reader").load_state_dict(taught().state_dict())
@@ -331,7 +336,7 @@ def steps_of(run: Run, clock: Clock) -> Iterator[float]:
         if clock.over() or run.team.any(index != run.stage):
             return
         store = stores.prepare(plan, run.stage_step)
-        if asked_to_stop():
+        if run.team.any(asked_to_stop()):
             return
         loss = run.advance(plan, store, share)
         clock.tick(loss)
@@ -385,6 +390,8 @@ def painter(course: Course, folder: Path = SECOND) -> Painter:
         )
     made = Painter(course.widths)
     made.load_state_dict(done["average"])
+    if done["stage"] < len(course.stages) and course.stages[done["stage"]].told == 1:  # it has not met its encoders yet
+        made.reader.load_state_dict(taught().state_dict())
     return made.requires_grad_(False).eval()
 
 
@@ -410,12 +417,12 @@ def start(work: Callable[..., list[float]], planned: Course, chosen: argparse.Na
 
 def based_on(suffix: str, work: Callable[..., list[float]], about: str | None) -> None:
     """Start the course that follows a base model's, from the command line: ``base`` names the base's."""
-    chosen = options(about, (name for name, course in COURSES.items() if not course.base)).parse_args()
+    chosen = options(about, BASES).parse_args()
     start(work, COURSES[f"{chosen.course}-{suffix}"], chosen)
 
 
 if __name__ == "__main__":
-    asked = options(__doc__, COURSES)
+    asked = options(__doc__, BASES)
     asked.add_argument("--minutes", type=float, default=0.0, help="of the whole course, instead of counting samples")
     asked.add_argument("--compile", action="store_true")
     chosen = asked.parse_args()

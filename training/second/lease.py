@@ -188,9 +188,9 @@ def pack(folder: Path = LUGGAGE) -> int:
         drawings.pack()
     vocabulary()
     folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"average": halved(reading.trained().state_dict())}, folder / "reading.pt")
     for name in ("art.zip", "vocabulary.json", "told.pt"):
         shutil.copy(SECOND / name, folder)
-    torch.save({"average": reading.trained().state_dict()}, folder / "reading.pt")
     torch.save(halved(autoencoder.settled().state_dict()), folder / "vae.pt")
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from training.adapter_files import CARDS
 from training.second import learn, machine
 from training.second.art import Art
-from training.second.course import COURSES, Course
+from training.second.course import BASES, COURSES, Course
 from training.second.few_steps import Student, carry_on
 from training.second.learn import Given, Run
 from training.second.places import SECOND
@@ -79,8 +80,8 @@ class LookRun(Run):
     painter: Student
 
     @property
-    def look(self) -> str:
-        """The course's name after its base's."""
+    def look(self) -> str:  # type: ignore[override]
+        """The course's name after its base's: which of ``LOOKS``."""
         return self.course.name.removeprefix(f"{self.course.base}-")
 
     def beginner(self) -> Student:
@@ -92,7 +93,10 @@ class LookRun(Run):
         return [{"params": list(self.painter.factors.parameters()), "pace": 1.0}]
 
     def paint(self, table: Table, drawings: Art) -> Tensor:
-        """The scenes, redrawn."""
+        """The scenes, redrawn; all of them sharp, as what differs from the backdrop is an object."""
+        window = table.window.copy()
+        window[:, 4] = 1.0
+        table = replace(table, window=window)
         return LOOKS[self.look](render(table, drawings), backdrops(table, drawings.device) * 2 - 1)
 
     def text(self, given: Given, share: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +115,7 @@ def train(
 
 
 if __name__ == "__main__":
-    asked = learn.options(__doc__, (name for name, course in COURSES.items() if not course.base))
+    asked = learn.options(__doc__, BASES)
     asked.add_argument("look", choices=sorted(LOOKS))
     chosen: argparse.Namespace = asked.parse_args()
     learn.start(train, COURSES[f"{chosen.course}-{chosen.look}"], chosen)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.architecture import PROMPT_TOKENS
 from training.second import autoencoder, machine
-from training.second.course import COURSES
+from training.second.course import BASES
 from training.second.learn import Painter, painter
 from training.second.places import SECOND
 from training.second.vocabulary import vocabulary
@@ -99,13 +99,13 @@ def draw(made: Painter, vae: AutoencoderKL, target: Path, height: int, width: in
 
 if __name__ == "__main__":
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("course", choices=sorted(COURSES))
+    asked.add_argument("course", choices=sorted(BASES))
     asked.add_argument("--side", type=int, default=16, help="of the latents")
     asked.add_argument("--steps", type=int, default=20)
     asked.add_argument("--target", type=Path, default=SECOND / "preview.png")
     asked.add_argument("--device", default=None)
     chosen = asked.parse_args()
     where = machine.device(chosen.device)
-    weights = painter(COURSES[chosen.course]).to(where)
+    weights = painter(BASES[chosen.course]).to(where)
     draw(weights, autoencoder.settled().to(where), chosen.target, chosen.side, chosen.side, chosen.steps)
     print(chosen.target)

@@ -102,8 +102,9 @@ def train(steps: int = STEPS, state: Path = STATE, cast: int = cells.NOTHING) ->
     average = checkpoint.Average(reader, 0.99)
     optimiser = reader.optimiser(list(head.parameters()))
     step, done = 0, checkpoint.load(state)
-    begin(reader, drawings)
-    if done:
+    if not done:
+        begin(reader, drawings)
+    else:
         reader.load_state_dict(done["reader"])
         average.module.load_state_dict(done["average"])
         head.load_state_dict(done["head"])
@@ -114,7 +115,7 @@ def train(steps: int = STEPS, state: Path = STATE, cast: int = cells.NOTHING) ->
 
     def keep() -> None:
         weights = {"reader": reader.state_dict(), "average": average.module.state_dict(), "head": head.state_dict()}
-        checkpoint.save(state, weights | {"optimiser": optimiser.state_dict(), "step": step})
+        checkpoint.save(state, weights | {"optimiser": optimiser.state_dict(), "step": step, "steps": steps})
 
     while step < steps and not asked_to_stop():
         for group in optimiser.param_groups:
@@ -151,10 +152,19 @@ def train(steps: int = STEPS, state: Path = STATE, cast: int = cells.NOTHING) ->
 
 
 def trained(state: Path = STATE) -> Reader:
-    """The taught reader, averaged."""
+    """The taught reader, averaged.
+
+    Raises:
+        FileNotFoundError: Nothing has been taught.
+        ValueError: The lessons are not over.
+    """
     done = checkpoint.load(state)
     if done is None:
         raise FileNotFoundError(f"no taught text encoders at {state}: run `python -m training.second.reading` first")
+    if done.get("step", 0) < done.get("steps", 0):
+        raise ValueError(
+            f"{state} has {done['step']} of {done['steps']} steps: let `python -m training.second.reading` end"
+        )
     reader = Reader()
     reader.load_state_dict(done["average"])
     return reader

@@ -96,7 +96,7 @@ class RefinerRun(Run):
         wanted = torch.where(poor[:, None, None, None], blurred(latents), latents)
         share = self.shares[levels]
         noise = drawn_noise(tuple(latents.shape), 0.0, self.seed, self.device)
-        noisy = noised(worn(wanted, self.seed, share), noise, share)
+        noisy = noised(worn(wanted, self.seed + learn.APART, share), noise, share)
         column = share[:, None, None, None]
         led = (noisy - column.sqrt() * wanted) / (1 - column).sqrt()
         sizes = torch.from_numpy(plan.sizes).to(self.device)

@@ -8,6 +8,7 @@ Knows scenes, pictures and the autoencoder. Does not know captions, noise or the
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,10 @@ class Reservoir:
 
     def __init__(
         self, material: Material, capacity: int, art: Art, vae: AutoencoderKL, folder: Path | None,
-        paint: Callable[[Table, Art], Tensor] = render,
+        paint: Callable[[Table, Art], Tensor] = render, look: str = "",
     ) -> None:  # fmt: skip
-        self.material, self.capacity, self.art, self.vae, self.paint = material, capacity, art, vae, paint
+        self.material, self.capacity, self.art, self.vae = material, capacity, art, vae
+        self.paint, self.look = paint, look
         shape = (capacity, 4, material.height, material.width)
         if folder is None:
             self.latents = torch.zeros(shape, dtype=torch.float16, device=art.device)
@@ -69,7 +71,8 @@ class Reservoir:
     def name(self) -> str:
         """Of its files: whatever else would be found in them is another reservoir's."""
         m = self.material
-        return f"{m.height}x{m.width}-{self.capacity}-{m.cast}-{m.plain:g}-{m.pairs:g}-{m.seed}"
+        drawn = zlib.crc32(repr([m.scene(number) for number in range(8)]).encode())  # other scenes by other rules
+        return f"{m.height}x{m.width}-{self.capacity}-{drawn:08x}{self.look}-{m.seed}"
 
     def missing(self, first: int) -> list[int]:
         """The numbers from ``first`` on that should be in store and are not."""

@@ -19,7 +19,6 @@ PLACES = {
     "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1),
     "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
-RELATIONS = ("beside", "over")
 MIDDLE, SMALL, LARGE = (0.66, 0.82), (0.3, 0.38), (0.9, 0.98)
 OFF, PAIR, TRIPLE, STANDING = (0.37, 0.47), (0.39, 0.46), (0.27, 0.31), (0.46, 0.58)
 FLOOR, ASIDE, ROW = 0.92, 0.24, (0.18, 0.82)  # where things stand in a scenery; how far off the middle; three in a row
@@ -196,7 +195,10 @@ def draw(
 
 
 def usual(said: str, scenic: bool) -> tuple[Thing, Thing]:
-    """Where the first two things of a scene are on the whole, given what is said of it (subjects are left 0)."""
+    """Where two things of a scene are on the whole, given what is said of it (subjects are left 0).
+
+    Of three in a row these are the outer two.
+    """
     low, high = 0.5 - ASIDE, 0.5 + ASIDE
     if said == "beside":
         return Thing(0, middle(PAIR), low, 0.5), Thing(0, middle(PAIR), high, 0.5)
