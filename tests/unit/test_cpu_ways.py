@@ -28,6 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 HALF_ROUNDING = 0.01  # of bfloat16's 8 bits, after a softmax and two products
 needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch cannot pack weights")
+HALF = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not can_pack(CPU, torch.bfloat16), reason="this processor has no packed product in bfloat16; see the fallback"
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +148,7 @@ def test_attention_for_a_compiled_network_is_the_plain_one(most, held, monkeypat
 
 
 @needs_packing
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 77, 24), (1, 1, 24)])
 def test_a_packed_layer_gives_the_plain_layers_answer(dtype, shape):
     """With and without bias, for any number of leading dimensions, and for another number of rows than it was packed
@@ -159,9 +165,10 @@ def test_a_packed_layer_gives_the_plain_layers_answer(dtype, shape):
 
 
 @needs_packing
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, HALF_ROUNDING)])
-def test_a_packed_gate_is_the_gated_layer_and_not_farther_from_exact(dtype, most):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_packed_gate_is_the_gated_layer_and_not_farther_from_exact(dtype):
     """GELU and product happen before rounding; an edit of either half is seen, and of the bias, too."""
+    most = 1e-5 if dtype == torch.float32 else HALF_ROUNDING
     torch.manual_seed(0)
     network = nn.Sequential(GEGLU(24, 40)).requires_grad_(False).to(dtype)
     plain = copy.deepcopy(network)
@@ -359,3 +366,19 @@ def test_a_pack_that_cannot_be_had_is_no_error(monkeypatch):
     assert not can_pack(CPU, torch.float32)
     assert not can_pack(torch.device("cuda"), torch.float32)
     assert not can_pack(CPU, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepack_asked_for_by_name_stays_off_where_it_cannot_be_had(folder, dtype, monkeypatch, caplog):
+    """A processor without packed products in a precision draws with the plain ones, and the log says why."""
+
+    def fails(*_, **__):
+        raise RuntimeError("bf16 path needs the cpu support")
+
+    monkeypatch.setattr(Pack, "linear", fails)
+    with caplog.at_level(logging.WARNING):
+        unet = accelerated(folder, "prepack", dtype)
+    assert not any(isinstance(module, PackedLinear) for module in unet.modules())
+    assert f"prepack is off: there is no product with packed weights in {dtype}" in caplog.text
+    plain = answer(load(folder, dtype), dtype=dtype)
+    assert relative(answer(unet, dtype=dtype), plain) <= (1e-5 if dtype == torch.float32 else HALF_ROUNDING)

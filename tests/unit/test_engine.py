@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from impasto.engine import placement
 from impasto.engine.accel import choose_device, choose_dtype
 from impasto.engine.conditioning import Embedding, PromptCache, size_ids
 from impasto.engine.engine import Engine
@@ -265,6 +266,16 @@ def test_each_part_may_have_its_own_device_and_format():
     for wrong in ("bfloat16,float32", "bfloat16,head=float32", "float32,vae="):
         with pytest.raises(ConfigError, match="dtype"):
             choose_dtypes(wrong, devices)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_format_that_the_processor_has_to_imitate_is_warned_of(has, monkeypatch, caplog):
+    """Once for each format, with the remedy; not where it has it, nor for float32."""
+    monkeypatch.setattr(placement, "_multiplies", lambda _: has)
+    choose_dtypes("bfloat16,vae=float32", choose_devices("cpu"))
+    choose_dtypes("auto", choose_devices("cpu"))
+    told = [record.getMessage() for record in caplog.records]
+    assert [("bfloat16" in line, "dtype=float32" in line) for line in told] == ([] if has else [(True, True)])
 
 
 def test_a_mixture_of_formats_draws_nearly_the_same(model_folder, engine):

@@ -183,7 +183,7 @@ def accelerate(unet: Any, accel: Accel, device: torch.device) -> None:
             attend_by(attentions, blocked.attend_compiled if accel.static_shapes else blocked.attend)
         if "keep_prompts" in on_cpu:
             keep_prompts(unet, attentions)
-        if "prepack" in on_cpu and _room_to_pack(unet):
+        if "prepack" in on_cpu and _can_pack(unet, device):
             pack_projections(attentions)
             pack_gates(unet)
             pack_linears(unet)
@@ -303,8 +303,11 @@ def _cpu_ways(accel: Accel, device: torch.device) -> set[str]:
     return can
 
 
-def _room_to_pack(unet: Any) -> bool:
-    """Whether memory is free for packed copies of the weights; what was not packed is multiplied as it is."""
+def _can_pack(unet: Any, device: torch.device) -> bool:
+    """Whether weights can be packed here, and memory is free for it; what was not packed is multiplied as it is."""
+    if not can_pack(device, unet.dtype):
+        log.warning("prepack is off: there is no product with packed weights in %s here", unet.dtype)
+        return False
     layers = (module for module in unet.modules() if isinstance(module, torch.nn.Linear))
     wanted, free = sum(layer.weight.nbytes for layer in layers), free_memory()
     if free is not None and free < ROOM * wanted:

@@ -5,9 +5,17 @@ Knows the spelling of the settings. Knows no networks.
 
 from __future__ import annotations
 
+import logging
+
+import torch
+
 from impasto.engine.accel import choose_device, choose_dtype
 from impasto.errors import ConfigError
 from impasto.models.networks import Devices, Dtypes
+
+log = logging.getLogger(__name__)
+
+_QUESTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 PARTS = ("unet", "vae", "text")
 
@@ -29,7 +37,27 @@ def choose_dtypes(text: str, devices: Devices) -> Dtypes:
         ConfigError: No such part or format.
     """
     first, others = _split(text, "dtype")
-    return Dtypes(**{part: choose_dtype(others.get(part, first), getattr(devices, part)) for part in PARTS})
+    found = {part: choose_dtype(others.get(part, first), getattr(devices, part)) for part in PARTS}
+    for dtype in sorted({d for part, d in found.items() if _is_slow(d, getattr(devices, part))}, key=str):
+        log.warning(
+            "dtype: this processor has no products in %s, they may take a hundred times as long as in float32; "
+            "dtype=float32 is faster here",
+            str(dtype).removeprefix("torch."),
+        )
+    return Dtypes(**found)
+
+
+def _is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU multiplies in this format by a reference code, as torch's oneDNN tells."""
+    return device.type == "cpu" and dtype in _QUESTIONS and not _multiplies(dtype)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has products in this format; a torch without oneDNN cannot tell, and nothing is said."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, _QUESTIONS[dtype])())
+    except (AttributeError, RuntimeError):
+        return True
 
 
 def _split(text: str, setting: str) -> tuple[str, dict[str, str]]:
