@@ -53,10 +53,26 @@ def boundary(levels: Tensor) -> tuple[Tensor, Tensor]:
     return SKIP**2 / below, scaled / below.sqrt()
 
 
-class Distillation(Run):
-    """A training run of the factors; the teacher is kept apart."""
+class FactorRun(Run):
+    """A training run of factors on a frozen base."""
 
     painter: Student
+
+    def groups(self) -> list[dict[str, object]]:
+        """The factors alone."""
+        return [{"params": list(self.painter.factors.parameters()), "pace": 1.0}]
+
+    def written(self, seconds: float, card: Card) -> list[float]:
+        """Go on for so long, and write the factors as a LoRA file beside the state; returns the losses."""
+        losses = learn.carry_on(self, seconds)
+        if self.team.rank == 0:
+            learned = factors_of(self.painter, self.average.module)
+            write_lora(self.folder / f"{self.course.name}.safetensors", learned, card, ALPHA, self.step)
+        return losses
+
+
+class Distillation(FactorRun):
+    """A training run of the few-step factors; the teacher is kept apart."""
 
     def beginner(self) -> Student:
         """The base course's averaged weights, twice: one to learn on, one to learn from."""
@@ -64,10 +80,6 @@ class Distillation(Run):
         self.teacher = learn.painter(base, self.folder).to(self.device)
         machine.suit(self.teacher.unet, self.device)
         return Student(learn.painter(base, self.folder))
-
-    def groups(self) -> list[dict[str, object]]:
-        """The factors alone."""
-        return [{"params": list(self.painter.factors.parameters()), "pace": 1.0}]
 
     def picture(self, made: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
         """The picture that a noise estimate implies."""
@@ -120,21 +132,11 @@ def factors_of(student: Student, averaged: nn.Module) -> Factors:
     return found
 
 
-def carry_on(run: Run, seconds: float, card: Card) -> list[float]:
-    """Go on with a run whose painter is a ``Student``, and write the factors as a LoRA file beside its state."""
-    losses = learn.carry_on(run, seconds)
-    if run.team.rank == 0:
-        assert isinstance(run.painter, Student)
-        learned = factors_of(run.painter, run.average.module)
-        write_lora(run.folder / f"{run.course.name}.safetensors", learned, card, ALPHA, run.step)
-    return losses
-
-
 def train(
     team: Team, course: Course, folder: Path = SECOND, seconds: float = 1e9, device: str | None = None, workers: int = 0
 ) -> list[float]:
     """Go on with a distillation."""
-    return carry_on(Distillation(course, folder, team, machine.device(device), workers), seconds, CARD)
+    return Distillation(course, folder, team, machine.device(device), workers).written(seconds, CARD)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,10 @@ class Run:
         far = {"stage": self.stage, "stage_step": self.stage_step, "step": self.step, "samples": self.samples}
         checkpoint.save(self.state, weights | far | {"optimiser": self.optimiser.state_dict(), "spent": self.spent})
 
-    look = ""  # what pictures are redrawn as, if anything
+    @property
+    def look(self) -> str:
+        """What pictures are redrawn as, if anything."""
+        return ""
 
     def paint(self, table: Table, drawings: art.Art) -> Tensor:
         """What the pictures look like."""
@@ -290,8 +293,9 @@ class Run:
             if self.team.rank == 0:
                 self.keep()
             if stages[self.stage].told == 1 and stages[stage].told < 1:
+                known = taught().state_dict()
                 for module in (self.painter, self.average.module):
-                    module.get_submodule("reader").load_state_dict(taught().state_dict())
+                    module.get_submodule("reader").load_state_dict(known)
             self.stage, self.stage_step = stage, 0
 
 

@@ -19,8 +19,8 @@ from training.adapter_files import CARDS
 from training.second import learn, machine
 from training.second.art import Art
 from training.second.course import BASES, COURSES, Course
-from training.second.few_steps import Student, carry_on
-from training.second.learn import Given, Run
+from training.second.few_steps import FactorRun, Student
+from training.second.learn import Given
 from training.second.places import SECOND
 from training.second.render import backdrops, render
 from training.second.tables import Table
@@ -74,23 +74,17 @@ def line_art(pictures: Tensor, behind: Tensor) -> Tensor:
 LOOKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel-art": pixel_art, "line-art": line_art}
 
 
-class LookRun(Run):
+class LookRun(FactorRun):
     """A training run of one look's factors."""
 
-    painter: Student
-
     @property
-    def look(self) -> str:  # type: ignore[override]
+    def look(self) -> str:
         """The course's name after its base's: which of ``LOOKS``."""
         return self.course.name.removeprefix(f"{self.course.base}-")
 
     def beginner(self) -> Student:
         """The base course's averaged weights, with factors."""
         return Student(learn.painter(COURSES[self.course.base], self.folder))
-
-    def groups(self) -> list[dict[str, object]]:
-        """The factors alone."""
-        return [{"params": list(self.painter.factors.parameters()), "pace": 1.0}]
 
     def paint(self, table: Table, drawings: Art) -> Tensor:
         """The scenes, redrawn; all of them sharp, as what differs from the backdrop is an object."""
@@ -111,7 +105,7 @@ def train(
 ) -> list[float]:
     """Go on with a look."""
     run = LookRun(course, folder, team, machine.device(device), workers)
-    return carry_on(run, seconds, CARDS[run.look])
+    return run.written(seconds, CARDS[run.look])
 
 
 if __name__ == "__main__":
