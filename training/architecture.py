@@ -36,16 +36,25 @@ def vae() -> AutoencoderKL:
 
 
 def unet(
-    widths: tuple[int, int, int] = UNET_WIDTHS, text_widths: tuple[int, int] = TEXT_WIDTHS
+    widths: tuple[int, ...] = UNET_WIDTHS, text_widths: tuple[int, int] = TEXT_WIDTHS, kernel: int = 3
 ) -> UNet2DConditionModel:
-    """SDXL's block pattern, two layers a block so that its block names all exist."""
+    """SDXL's block pattern, two layers a block so that its block names all exist.
+
+    Args:
+        widths: Channels of each level; the outermost does not attend, of five the outer two.
+        text_widths: Of both text encoders.
+        kernel: Of the first convolution.
+    """
+    plain = max(1, len(widths) - 3)
+    attending = len(widths) - plain
     return UNet2DConditionModel(
         sample_size=64,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attending,
+        up_block_types=("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",) * plain,
         block_out_channels=widths,
+        conv_in_kernel=kernel,
         layers_per_block=2,
-        transformer_layers_per_block=(1, 1, 1),
+        transformer_layers_per_block=(1,) * len(widths),
         attention_head_dim=tuple(width // 32 for width in widths),
         cross_attention_dim=sum(text_widths),
         norm_num_groups=8,

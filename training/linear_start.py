@@ -120,12 +120,12 @@ def start_unet(unet: UNet2DConditionModel) -> None:
     """Start by returning the input as the noise estimate, through the outermost skip connection."""
     groups = unet.conv_norm_out.num_groups
     size = unet.conv_in.out_channels // groups
-    enter_at, latents = unet.conv_in, 4
+    enter_at, latents, middle = unet.conv_in, 4, unet.conv_in.kernel_size[0] // 2
     for j in range(latents):
         at = size * j
         enter_at.weight[at : at + 4] = 0
         enter_at.bias[at : at + 4] = torch.tensor([0.0, 0.0, STEADY, -STEADY])
-        enter_at.weight[at, j, 1, 1], enter_at.weight[at + 1, j, 1, 1] = 1, -1
+        enter_at.weight[at, j, middle, middle], enter_at.weight[at + 1, j, middle, middle] = 1, -1
     last = unet.up_blocks[-1].resnets[-1]
     width, kept = unet.conv_in.out_channels, size * latents
     last.conv_shortcut.weight[:kept] = 0

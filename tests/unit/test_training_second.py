@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from training import architecture, checkpoint, words
 from training.arithmetic import CPU as CPU_DEVICE
 from training.arithmetic import short
 from training.places import BUILTIN
-from training.second import art, autoencoder, cells, course, learn, plans, reading, reservoir, scene, tables
+from training.second import art, autoencoder, cells, course, growth, learn, plans, reading, reservoir, scene, tables
 from training.second import vocabulary as vocabulary_module
 from training.second.art import LEVELS, Art
 from training.second.captions import STYLE_BEFORE, caption
-from training.second.course import CPU, GPU, Course, Size, Stage
+from training.second.course import CPU, GPU, TINY_GROWN, TINY_INNER, Course, Size, Stage
 from training.second.render import render
 from training.second.scene import Frame, Ground, Scene, Thing, draw, held_out
 from training.second.subjects import COLOURS, LANDS, SKIES, STYLES, subjects
@@ -254,14 +255,14 @@ def untaught() -> reading.Reader:
     return reading.Reader()
 
 
-def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> list[float]:
-    """Train on a tiny course, asked to stop after so many questions whether to."""
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, course: Course = TINY) -> list[float]:
+    """Train on a small course, asked to stop after so many questions whether to."""
     asked = iter(range(10_000))
     monkeypatch.setattr(learn.art, "load", lambda _device: red_squares())
     monkeypatch.setattr(autoencoder, "settled", small_vae)
     monkeypatch.setattr(learn, "asked_to_stop", lambda: next(asked) >= stop_after)
     monkeypatch.setattr(learn, "taught", untaught)
-    return learn.train(alone(), TINY, folder, device="cpu")
+    return learn.train(alone(), course, folder, device="cpu")
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
@@ -294,6 +295,50 @@ def test_text_encoders_come_in_taught_when_they_are_first_read(
         run.painter.reader.first.get_input_embeddings().weight.add_(1)
     run.enter(1)
     assert not alike(run.painter.reader)
+
+
+def test_a_grown_network_composes_as_the_one_it_grew_around() -> None:
+    """Deep inside it sees what the inner one sees of the latents' means, and its estimate begins as the picture."""
+    torch.manual_seed(0)
+    inner = architecture.unet((32, 64, 128), architecture.WIDER, kernel=1)
+    outer = architecture.unet((32, 32, 32, 64, 128), architecture.WIDER)
+    growth.grow(outer, inner)
+    noisy, states, pooled = torch.randn(1, 4, 32, 32), torch.randn(1, 77, 256), torch.randn(1, 160)
+    added = {"text_embeds": pooled, "time_ids": torch.full((1, 6), 256.0)}
+    seen: list[torch.Tensor] = []
+    for unet in (inner, outer):
+        unet.up_blocks[2].resnets[-1].register_forward_hook(lambda _module, _given, made: seen.append(made))
+    with torch.no_grad():
+        inner(F.avg_pool2d(noisy, 4), torch.tensor([700]), states, added_cond_kwargs=added)
+        made = outer(noisy, torch.tensor([700]), states, added_cond_kwargs=added).sample
+    assert (seen[0] - seen[1]).abs().mean() < 0.1 * seen[0].abs().mean()
+    assert (made - noisy).abs().mean() < 0.05
+    with pytest.raises(ValueError, match="1x1"):
+        growth.grow(outer, architecture.unet((32, 64, 128), architecture.WIDER))
+
+
+def test_outer_levels_learn_alone_first(
+    known: vocabulary_module.Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inner course learns on means of noise; around it the outer levels learn, and then all of them."""
+    trained(tmp_path, monkeypatch, 10_000, TINY_INNER)
+    inner = learn.painter(TINY_INNER, tmp_path)
+    run = learn.Run(TINY_GROWN, tmp_path, alone(), torch.device("cpu"), 0)
+    within = {id(p) for p in growth.inner_part(run.painter.unet, inner.unet)}
+    assert len(within) == sum(1 for _ in inner.unet.parameters()) - 6  # but for the convolutions and norm at its ends
+
+    def changed(since: dict[str, torch.Tensor]) -> tuple[bool, bool]:
+        """Whether any inner weight is another now, and whether any outer one is."""
+        moved = [p for name, p in run.painter.unet.named_parameters() if not torch.equal(p, since[name])]
+        return any(id(p) in within for p in moved), any(id(p) not in within for p in moved)
+
+    began = {name: p.detach().clone() for name, p in run.painter.unet.named_parameters()}
+    monkeypatch.setattr(learn, "asked_to_stop", lambda: run.step >= 2)
+    learn.carry_on(run, 1e9)
+    assert run.stage == 0 and changed(began) == (False, True)
+    monkeypatch.setattr(learn, "asked_to_stop", lambda: False)
+    learn.carry_on(run, 1e9)
+    assert run.stage == 1 and changed(began) == (True, True)
 
 
 def test_what_is_set_down_does_not_tell_the_noise(known: vocabulary_module.Vocabulary, tmp_path: Path) -> None:

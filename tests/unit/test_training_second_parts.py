@@ -63,7 +63,7 @@ def test_the_engine_takes_the_exported_base_and_refiner_as_a_pair(
     """Untrained networks, written as folders, load as an SDXL base with its refiner and draw a picture together."""
     monkeypatch.setattr(autoencoder, "settled", small_vae)
     torch.manual_seed(0)
-    base, made = Painter(TINY.widths), refiner.Refiner(TINY.widths)
+    base, made = Painter(TINY), refiner.Refiner(TINY.widths)
     export.write(base, small_vae(), tmp_path / "base")  # type: ignore[arg-type]
     size = export.write(made, small_vae(), tmp_path / "refiner", whole=False)  # type: ignore[arg-type]
     assert size < export.LIMIT_BYTES and not (tmp_path / "refiner" / "text_encoder").exists()
@@ -86,7 +86,7 @@ def test_wear_grows_with_the_noise_and_leaves_some_pictures_whole() -> None:
 def test_a_student_begins_as_its_teacher_and_its_file_is_a_lora_the_product_reads(tmp_path: Path) -> None:
     """Before the first step the factors change nothing; written, every one of them is understood."""
     torch.manual_seed(0)
-    base = Painter(TINY.widths)
+    base = Painter(TINY)
     given = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 256), torch.randn(1, 160)
     six = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_student_begins_as_its_teacher_and_its_file_is_a_lora_the_product_read
     assert learning and all("down" in name or "up" in name for name in learning)
     learned = few_steps.factors_of(student, checkpoint.Average(student, 0.9).module)
     write_lora(tmp_path / "few.safetensors", learned, few_steps.CARD, ALPHA, 1)
-    export.write(Painter(TINY.widths), small_vae(), tmp_path / "base")  # type: ignore[arg-type]
+    export.write(Painter(TINY), small_vae(), tmp_path / "base")  # type: ignore[arg-type]
     found = inspect_lora(tmp_path / "few.safetensors", "few", parameter_shapes(find_model(str(tmp_path / "base"))))
     assert found.problem is None and found.report.mismatched.count == found.report.unmatched.count == 0
 
@@ -123,7 +123,7 @@ def test_a_look_is_learned_on_the_frozen_base_and_written_as_a_lora(
     monkeypatch.setattr(learn.art, "load", lambda _device: red_squares())
     monkeypatch.setattr(autoencoder, "settled", small_vae)
     torch.manual_seed(0)
-    base = Painter(TINY.widths)
+    base = Painter(TINY)
     checkpoint.save(tmp_path / "tiny.pt", {"live": base.state_dict(), "average": base.state_dict(), "stage": 1})
     losses = looks.train(alone(), COURSES["tiny-pixel-art"], tmp_path, device="cpu")
     assert len(losses) == 3 and all(np.isfinite(losses))
@@ -277,7 +277,7 @@ def test_the_evaluation_runs_from_prompts_to_the_card(tmp_path: Path, monkeypatc
     """Untrained networks through the whole of it: every kind has its figures and controls, and the card is written."""
     monkeypatch.setattr(evaluate.art, "load", red_squares)
     torch.manual_seed(0)
-    export.write(Painter(TINY.widths), small_vae(), tmp_path / "base")  # type: ignore[arg-type]
+    export.write(Painter(TINY), small_vae(), tmp_path / "base")  # type: ignore[arg-type]
     engine = Engine.load(str(tmp_path / "base"), dtype="float32", device="cpu", max_batch=1)
     hand, eye = Hand(engine, size=64, steps=1, guidance=1.0), evaluate.Eye(judge.Judge().eval(), 0.5)
     more = {"loras": tmp_path, "refined": False, "few_steps": None}

@@ -47,6 +47,7 @@ class Stage:
     top: int = 1000  # noise levels from here on up do not come
     told: float = 0.0
     cast: int = 0  # how many subjects take part; none: the course's
+    outer: bool = False  # only the levels around the inner ones learn
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,7 @@ class Course:
     """
 
     name: str
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     cast: int
     stages: tuple[Stage, ...]
     decay: float = 0.995
@@ -72,6 +73,8 @@ class Course:
     seed: int = 7
     muon: float = 0.0  # Muon's pace beside AdamW's; none: AdamW alone
     warm_start: bool = False  # begins as the first edition's UNet, whose widths it has
+    within: int = 1  # pictures are those that the inner levels of a UNet of so many times the size see
+    grown_from: str = ""  # the course whose UNet is its inner levels
     base: str = ""  # the course whose text encoders it reads with, where it has none of its own
 
     def where(self, step: int, spent: float) -> tuple[int, float]:
@@ -104,37 +107,67 @@ ASPECTS = (
     square(64, 3), Size(64, 96), Size(96, 64), Size(48, 80, 0.7), Size(80, 48, 0.7), square(96, 1), square(128, 0.6),
 )  # fmt: skip
 
-CPU = Course(
-    name="cpu",
+WITHIN = 4  # times the size of what the inner levels see: two levels are around them
+INNER_ASPECTS = (
+    square(16, 3), Size(16, 24, 0.6), Size(24, 16, 0.6), square(24, 1.5), Size(24, 32, 0.6), Size(32, 24, 0.6),
+    square(32, 3), square(48, 0.3),
+)  # fmt: skip
+
+CPU_INNER = Course(
+    name="cpu-inner",
     widths=(32, 64, 128),
-    cast=CORE,
+    cast=ALL,
     stages=(
-        Stage(
-            "told", (square(16),), 109_000, 64, (1.6e-3, 1e-3), 4_096, 0.3, 2.0, 0, 0.0625, 0.75, 0.12, told=1, cast=ALL
-        ),
-        Stage("16", (square(16),), 40_000, 64, (1e-3, 8e-4), 4_096, 0.3, 2.0, pairs=0.12, told=0.3, cast=ALL),
-        Stage("32", (square(32),), 36_000, 48, (1e-3, 8e-4), 2_048, 0.2, 1.7, coarse=0.3, told=0.3),
-        Stage("64", (square(64),), 30_000, 24, (8e-4, 2e-4), 1_024, noisy=0.6, emphasis=1.8, coarse=0.6),
-        Stage("mixed", ASPECTS, 12_000, 12, (3e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
+        Stage("told", (square(16),), 109_000, 64, (1.6e-3, 1e-3), 4_096, 0.3, 2.0, 0.6, pairs=0.12, told=1),
+        Stage("16", (square(16),), 40_000, 64, (1e-3, 8e-4), 4_096, 0.3, 2.0, 0.6, pairs=0.12, told=0.3),
+        Stage("sizes", INNER_ASPECTS, 50_000, 96, (1e-3, 5e-4), 4_096, 0.3, 2.0, 0.6, pairs=0.15, told=0.5),
     ),
     reader_pace=0.2,
     muon=2.5,
     warm_start=True,
+    within=WITHIN,
+)
+"""Two shared cores, the levels of 16x16 latents and below: here a picture is composed, and a sample costs little."""
+
+CPU = Course(
+    name="cpu",
+    widths=(32, *CPU_INNER.widths[:1], *CPU_INNER.widths),
+    cast=ALL,
+    stages=(
+        Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
+        Stage("64", (square(64),), 24_000, 24, (8e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
+        Stage("mixed", ASPECTS, 12_000, 12, (4e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
+    ),
+    reader_pace=0.2,
+    muon=2.5,
+    grown_from="cpu-inner",
 )
 """Two shared cores, for as many hours as there are; a stage's samples may be cut short by an edit in between."""
 
-GPU = Course(
-    name="gpu",
-    widths=(32, 96, 192),
+GPU_INNER = Course(
+    name="gpu-inner",
+    widths=(32, 96, 144),
     cast=ALL,
     stages=(
-        Stage("16", (square(16),), 10, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.0, 0.125, pairs=0.25, told=1),
-        Stage("32", (square(32),), 28, 768, (1.4e-3, 9e-4), 65_536, 0.3, 1.6, 0.3, 0.25, pairs=0.25, told=0.5),
-        Stage("64", (square(64),), 44, 256, (9e-4, 4e-4), 32_768, 0.5, 1.7, 0.6, 0.25, pairs=0.25),
-        Stage("mixed", ASPECTS, 18, 192, (4e-4, 1e-5), 4_096, 0.4, 1.5, 0.6, 0.25, pairs=0.25),
+        Stage("16", (square(16),), 30, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.6, 0.125, pairs=0.2, told=1),
+        Stage("sizes", INNER_ASPECTS, 70, 1024, (1.4e-3, 8e-4), 65_536, 0.3, 2.0, 0.6, 0.125, pairs=0.2, told=0.5),
     ),
     decay=0.998,
-    minutes=20.0,
+    minutes=10.0,
+    within=WITHIN,
+)
+GPU = Course(
+    name="gpu",
+    widths=(32, 32, *GPU_INNER.widths),
+    cast=ALL,
+    stages=(
+        Stage("outer", (square(64),), 6, 256, (1e-3, 1e-3), 32_768, 0.3, 1.7, 0.6, 0.25, told=1, outer=True),
+        Stage("64", (square(64),), 60, 256, (9e-4, 4e-4), 32_768, 0.5, 1.7, 0.6, 0.25, pairs=0.25),
+        Stage("mixed", ASPECTS, 34, 192, (4e-4, 1e-5), 4_096, 0.4, 1.5, 0.6, 0.25, pairs=0.25),
+    ),
+    decay=0.998,
+    minutes=10.0,
+    grown_from="gpu-inner",
 )
 """One H100: the samples are shares of the time (``lasting`` says how much)."""
 
@@ -149,13 +182,32 @@ TINY = Course(
 )
 """For trying that everything runs."""
 
+TINY_INNER = Course(
+    name="tiny-inner",
+    widths=(32, 64, 128),
+    cast=8,
+    stages=(Stage("a", (square(8),), 8, 4, (1e-3, 8e-4), 8, coarse=0.6, told=1),),
+    within=WITHIN,
+)
+TINY_GROWN = Course(
+    name="tiny-grown",
+    widths=(32, 32, 32, 64, 128),
+    cast=8,
+    stages=(
+        Stage("a", (square(32),), 4, 2, (1e-3, 8e-4), 8, told=1, outer=True),
+        Stage("b", (square(32),), 2, 2, (1e-3, 8e-4), 8),
+    ),
+    grown_from="tiny-inner",
+)
+"""The same for a grown one."""
+
 
 def refining(base: Course, batch: int, samples: int, capacity: int, minutes: float = 0.0) -> Course:
-    """A refiner beside a base: the last quarter of the noise levels, at the sizes that are asked for."""
+    """A refiner from a base: the last quarter of the noise levels, at the sizes that are asked for."""
     rates, sizes = (8e-4, 1e-5), (square(64, 3), Size(64, 96), Size(96, 64), square(96), square(128, 0.4))
     stage = Stage("refine", sizes, samples, batch, rates, capacity, emphasis=0.0, top=260)
     name = f"{base.name}-refiner"
-    return Course(name, CPU.widths, base.cast, (stage,), base.decay, 0.0, minutes, seed=17, base=base.name)
+    return Course(name, base.widths, base.cast, (stage,), base.decay, 0.0, minutes, seed=17, base=base.name)
 
 
 def distilling(base: Course, batch: int, samples: int, capacity: int, minutes: float = 0.0) -> Course:
@@ -172,7 +224,7 @@ def looking(base: Course, look: str, seed: int, batch: int, samples: int, capaci
     return Course(f"{base.name}-{look}", base.widths, base.cast, (stage,), 0.98, 0.0, seed=seed, base=base.name)
 
 
-BASES = {course.name: course for course in (CPU, GPU, TINY)}
+BASES = {course.name: course for course in (CPU_INNER, CPU, GPU_INNER, GPU, TINY, TINY_INNER, TINY_GROWN)}
 MORE = (
     refining(CPU, 8, 24_000, 1_280),
     refining(GPU, 256, 10, 8_192, minutes=3.0),

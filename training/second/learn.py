@@ -27,7 +27,7 @@ from training import architecture, checkpoint
 from training.arithmetic import short
 from training.batches import OFFSET_NOISE
 from training.linear_start import start_unet
-from training.second import art, autoencoder, cells, machine
+from training.second import art, autoencoder, cells, growth, machine
 from training.second.course import BASES, COURSES, Course, Stage
 from training.second.optimiser import MuonBesideAdamW, adamw
 from training.second.places import SECOND
@@ -50,9 +50,9 @@ WORN = 0.5  # the strongest noise on what is set down, so that the UNet learns t
 class Painter(nn.Module):
     """UNet and text encoders as one module, in the compact vocabulary."""
 
-    def __init__(self, widths: tuple[int, int, int]) -> None:
+    def __init__(self, course: Course) -> None:
         super().__init__()
-        self.unet = architecture.unet(widths, architecture.WIDER)
+        self.unet = architecture.unet(course.widths, architecture.WIDER, kernel=1 if course.within > 1 else 3)
         self.reader = Reader()
 
     def forward(self, noisy: Tensor, levels: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
@@ -179,9 +179,16 @@ class Run:
 
     def beginner(self) -> Painter:
         """The network before its first step."""
-        made = Painter(self.course.widths)
+        made = Painter(self.course)
+        if self.course.grown_from:
+            inner = painter(COURSES[self.course.grown_from], self.folder)
+            growth.grow(made.unet, inner.unet)
+            made.reader.load_state_dict(inner.reader.state_dict())
+            return made
         if self.course.warm_start:
             known, wanted = first_edition(self.folder).state_dict(), made.unet.state_dict()
+            if self.course.within > 1:
+                known["conv_in.weight"] = known["conv_in.weight"].sum((2, 3), keepdim=True)
             made.unet.load_state_dict({k: v for k, v in known.items() if v.shape == wanted[k].shape}, strict=False)
         else:
             start_unet(made.unet)
@@ -236,13 +243,20 @@ class Run:
         """Of this process's step."""
         return (self.course.seed * 1_000_003 + self.step) * 8 + self.team.rank
 
+    def noise(self, shape: tuple[int, ...], coarse: float) -> Tensor:
+        """The noise to be told; inner levels see the mean of that on the latents that each of theirs stands for."""
+        times = self.course.within
+        full = (*shape[:2], shape[2] * times, shape[3] * times)
+        return F.avg_pool2d(drawn_noise(full, coarse, self.seed, self.device), times)
+
     def given(self, plan: Plan, store: Reservoir, stage: Stage) -> Given:
         """The plan's pictures, noised, on the device."""
         latents = store.at(plan.places)
         levels = plan.timesteps.to(self.device)
-        noise = drawn_noise(tuple(latents.shape), stage.coarse, self.seed, self.device)
+        noise = self.noise(tuple(latents.shape), stage.coarse)
         noisy = noised(latents, noise, self.shares[levels])
-        kept, sizes = (torch.from_numpy(array).to(self.device) for array in (plan.kept, plan.sizes))
+        kept = torch.from_numpy(plan.kept).to(self.device)
+        sizes = torch.from_numpy(plan.sizes * self.course.within).to(self.device)
         ids, ids_2, meant = (tensor.to(self.device) for tensor in (plan.ids, plan.ids_2, plan.meant))
         return Given(noisy, noise, levels, ids, ids_2, kept, sizes, meant)
 
@@ -289,10 +303,14 @@ class Run:
     def enter(self, stage: int) -> None:
         """Begin a stage, if it is another than before; at the first that reads, the text encoders come taught."""
         stages = self.course.stages
+        if self.course.grown_from:
+            inner = Painter(COURSES[self.course.grown_from]).unet
+            for parameter in growth.inner_part(self.painter.unet, inner):
+                parameter.requires_grad_(not stages[stage].outer)
         if stage != self.stage:
             if self.team.rank == 0:
                 self.keep()
-            if stages[self.stage].told == 1 and stages[stage].told < 1:
+            if unmet(self.course, self.stage) and not unmet(self.course, stage):
                 known = taught().state_dict()
                 for module in (self.painter, self.average.module):
                     module.get_submodule("reader").load_state_dict(known)
@@ -385,6 +403,11 @@ def first_edition(folder: Path) -> UNet2DConditionModel:
     return made
 
 
+def unmet(course: Course, stage: int) -> bool:
+    """Whether a stage comes before the UNet meets its text encoders, which are taught apart."""
+    return not course.grown_from and stage < len(course.stages) and course.stages[stage].told == 1
+
+
 def painter(course: Course, folder: Path = SECOND) -> Painter:
     """The averaged weights of a course."""
     done = checkpoint.load(folder / f"{course.name}.pt")
@@ -392,9 +415,9 @@ def painter(course: Course, folder: Path = SECOND) -> Painter:
         raise FileNotFoundError(
             f"no weights of the course {course.name!r} in {folder}: run `python -m training.second.learn`"
         )
-    made = Painter(course.widths)
+    made = Painter(course)
     made.load_state_dict(done["average"])
-    if done["stage"] < len(course.stages) and course.stages[done["stage"]].told == 1:  # it has not met its encoders yet
+    if unmet(course, done["stage"]):
         made.reader.load_state_dict(taught().state_dict())
     return made.requires_grad_(False).eval()
 

@@ -60,6 +60,13 @@ def sharpen(lease: Lease, minutes: float, seconds: float) -> None:
     autoencoder.train("all", steps, seconds, machine.device(lease.device), batch, side)
 
 
+def inside(lease: Lease, minutes: float, seconds: float) -> None:
+    """What the base grows around, and its text encoders; nothing where it grows around nothing."""
+    if lease.base.grown_from:
+        course = COURSES[lease.base.grown_from].lasting(minutes)
+        learn.train(alone(), course, lease.folder, seconds, lease.device, lease.workers, lease.compiled)
+
+
 def base(lease: Lease, minutes: float, seconds: float) -> None:
     """UNet and text encoders."""
     course = lease.course("", minutes)
@@ -83,7 +90,8 @@ def distil(lease: Lease, minutes: float, seconds: float) -> None:
 
 PHASES: dict[str, tuple[float, Callable[[Lease, float, float], None]]] = {
     "autoencoder": (0.09, sharpen),
-    "base": (0.65, base),
+    "inner": (0.33, inside),
+    "base": (0.32, base),
     "refiner": (0.12, refine),
     "few-steps": (0.10, distil),
     "judge": (0.04, judging),
@@ -156,7 +164,8 @@ def results(lease: Lease) -> None:
     lease.out.mkdir(parents=True, exist_ok=True)
     beside = lease.folder / RESULTS
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
-        for name in (f"{lease.base.name}.pt", f"{lease.base.name}-refiner.pt", "vae.pt", "judge.pt"):
+        inner = [f"{lease.base.grown_from}.pt"] if lease.base.grown_from else []
+        for name in (*inner, f"{lease.base.name}.pt", f"{lease.base.name}-refiner.pt", "vae.pt", "judge.pt"):
             if (lease.folder / name).exists():
                 torch.save(light(lease.folder / name), lease.folder / "light.tmp")
                 archive.write(lease.folder / "light.tmp", name)

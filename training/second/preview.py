@@ -47,17 +47,21 @@ FIRST_SEED = 1_000_000
 @torch.no_grad()
 def sample(
     made: Painter, prompts: list[str], height: int, width: int, steps: int = 20, guidance: float = 5.0,
-    seed: int = FIRST_SEED,
+    seed: int = FIRST_SEED, within: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Latents (prompts, 4, height, width), each from its own seed; words outside the vocabulary are left out."""
+    """Latents (prompts, 4, height, width), each from its own seed; words outside the vocabulary are left out.
+
+    ``within`` is the course's.
+    """
     place, shares, known = next(made.parameters()).device, signal_shares(), vocabulary()
     said = [" ".join(w for w in text.replace(",", " , ").split() if w in known.rows) for text in prompts]
     ids, ids_2 = (t.to(place) for t in known.encode(said, PROMPT_TOKENS))
     states, pooled = made.reader(ids, ids_2)
     states, pooled = torch.cat([torch.zeros_like(states), states]), torch.cat([torch.zeros_like(pooled), pooled])
-    six = torch.tensor([[8 * height, 8 * width, 0, 0, 8 * height, 8 * width]], dtype=torch.float32, device=place)
+    high, wide = 8 * height * within, 8 * width * within
+    six = torch.tensor([[high, wide, 0, 0, high, wide]], dtype=torch.float32, device=place)
     dice = [torch.Generator().manual_seed(seed + at) for at in range(len(prompts))]
-    x = torch.stack([torch.randn(4, height, width, generator=one) for one in dice]).to(place)
+    x = torch.stack([torch.randn(4, height, width, generator=one) for one in dice]).to(place) / within
     levels = [int(level) + 1 for level in np.arange(steps) * (1000 // steps)][::-1]
     for level, after in zip(levels, [*levels[1:], None], strict=True):
         share = float(shares[level])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import architecture, checkpoint
-from training.linear_start import start_unet
 from training.second import learn, machine
 from training.second.course import COURSES, Course, Stage
 from training.second.learn import Given, Painter, Run, drawn_noise, noised
@@ -32,7 +31,7 @@ WORN = 0.5  # share of pictures that come in worn
 BLOTCHES = 0.25  # the most that a blotch adds, in deviations of the latents
 
 
-def network(widths: tuple[int, int, int]) -> UNet2DConditionModel:
+def network(widths: tuple[int, ...]) -> UNet2DConditionModel:
     """The base's UNet, but for what it is conditioned on: one text encoder, and five numbers instead of six."""
     config, text = dict(architecture.unet(widths).config), architecture.WIDER[1]
     changed = {"cross_attention_dim": text, "projection_class_embeddings_input_dim": 5 * architecture.TIME_DIM + text}
@@ -40,10 +39,28 @@ def network(widths: tuple[int, int, int]) -> UNet2DConditionModel:
     return made
 
 
+def converted(base: UNet2DConditionModel, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A base's weights in a refiner's shapes: what reads the first encoder, or two of the six numbers, is left out.
+
+    Both lie at known ends: the first encoder's numbers before the second's, the pooled vector before the sizes'.
+    """
+    found = {}
+    for name, weight in base.state_dict().items():
+        inputs = wanted[name].shape[1:]
+        if weight.shape[1:] == inputs:
+            found[name] = weight
+        elif name.startswith("add_embedding"):
+            kept = inputs[0] - architecture.TIME_DIM  # the score's begin at nothing
+            found[name] = F.pad(weight[:, :kept], (0, architecture.TIME_DIM))
+        else:
+            found[name] = weight[:, weight.shape[1] - inputs[0] :]
+    return found
+
+
 class Refiner(Painter):
     """The refiner's UNet, and the base's text encoders, which do not learn."""
 
-    def __init__(self, widths: tuple[int, int, int]) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         nn.Module.__init__(self)
         self.unet = network(widths)
         self.reader = Reader()
@@ -75,10 +92,10 @@ class RefinerRun(Run):
     painter: Refiner
 
     def beginner(self) -> Refiner:
-        """A refiner with the base course's averaged text encoders."""
-        made = Refiner(self.course.widths)
-        start_unet(made.unet)
-        made.reader.load_state_dict(learn.painter(COURSES[self.course.base], self.folder).reader.state_dict())
+        """The base course's averaged weights, UNet and text encoders."""
+        made, base = Refiner(self.course.widths), learn.painter(COURSES[self.course.base], self.folder)
+        made.unet.load_state_dict(converted(base.unet, made.unet.state_dict()))
+        made.reader.load_state_dict(base.reader.state_dict())
         made.reader.requires_grad_(False)
         return made
 

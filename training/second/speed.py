@@ -9,24 +9,27 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import torch
 
+from training import architecture
 from training.architecture import PROMPT_TOKENS
 from training.arithmetic import short
 from training.linear_start import start_unet
 from training.second import machine
+from training.second.course import TINY
 from training.second.learn import Painter
 from training.second.vocabulary import vocabulary
 
-WIDTHS = ((32, 64, 128), (32, 96, 192), (48, 96, 192), (64, 128, 256))
+WIDTHS = ((32, 64, 128), (32, 32, 32, 64, 128), (32, 96, 192), (48, 96, 192), (64, 128, 256))
 BATCHES = {"cpu": {16: 32, 32: 16, 64: 4}, "cuda": {16: 1536, 32: 768, 64: 256}}
 
 
-def samples_a_second(widths: tuple[int, int, int], side: int, place: torch.device, steps: int) -> float:
+def samples_a_second(widths: tuple[int, ...], side: int, place: torch.device, steps: int) -> float:
     """Forward, backward and optimiser on squares of so many latents."""
     torch.manual_seed(0)
-    made, count = Painter(widths), BATCHES[place.type][side]
+    made, count = Painter(replace(TINY, widths=widths)), BATCHES[place.type][side]
     start_unet(made.unet)
     machine.suit(made.unet, place)
     machine.suit_readers((made.reader.first, made.reader.second), place)
@@ -69,7 +72,7 @@ def main() -> None:
     found: dict[str, dict[int, float]] = {}
     for widths in WIDTHS:
         name = " ".join(map(str, widths))
-        millions = sum(p.numel() for p in Painter(widths).unet.parameters()) / 1e6
+        millions = sum(p.numel() for p in architecture.unet(widths, architecture.WIDER).parameters()) / 1e6
         found[name] = {
             side: round(samples_a_second(widths, side, place, chosen.steps), 1) for side in BATCHES[place.type]
         }
