@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from impasto.animate.motions import Pose
 from impasto.models.motion import motion_layers, with_motion
-from training.architecture import UNET_WIDTHS
 from training.art import subject_art
 from training.captions import caption
 from training.motion_files import MOTION, write_adapter
@@ -73,10 +72,10 @@ class Course:
         return self.stages[-1]
 
 
-def new_adapter() -> MotionAdapter:
-    """An adapter that fits the built-in UNet and changes nothing yet."""
+def new_adapter(widths: tuple[int, ...]) -> MotionAdapter:
+    """An adapter that fits a UNet of such levels and changes nothing yet."""
     made = MotionAdapter(
-        block_out_channels=UNET_WIDTHS,
+        block_out_channels=widths,
         motion_layers_per_block=2,
         motion_num_attention_heads=HEADS,
         motion_norm_num_groups=8,
@@ -94,7 +93,8 @@ class Student(Frozen):
 
     def __init__(self, folder: Path = BUILTIN) -> None:
         super().__init__(folder)
-        self.unet = with_motion(self.pipeline.unet, new_adapter())
+        self.adapter = new_adapter(tuple(self.pipeline.unet.config.block_out_channels))
+        self.unet = with_motion(self.pipeline.unet, self.adapter)
         self.unet.set_attn_processor(AttnProcessor())  # plain attention: its backward pass is the faster one on a CPU
         self.layers = nn.ModuleDict(
             {name.replace(".", "/"): layers for name, layers in motion_layers(self.unet).items()}
@@ -262,7 +262,7 @@ def train(course: Course, state: Path = STATE, folder: Path = CACHE, seconds: fl
 def work(_team: Team, seconds: float, target: Path) -> None:
     """The process that trains: from the drawings to the adapter's files."""
     run, _ = train(Course(), seconds=seconds)
-    size = write_adapter(target, run.learned(), new_adapter().config, run.step)
+    size = write_adapter(target, run.learned(), run.student.adapter.config, run.step)
     print(f"motion: {size / 1e6:.1f} MB after {run.step} steps", flush=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from impasto.models.motion import load_adapter
-from training import motion, tuning
+from training import architecture, motion, tuning
 from training.motion_files import write_adapter
 from training.poses import MOTIONS, PERIOD, Pose, Rest, pose, posed
 from training.subjects import CAST
@@ -119,7 +119,7 @@ def test_training_goes_on_after_a_stop_as_if_there_had_been_none(
 
 def test_what_is_written_can_be_loaded(tmp_path: Path) -> None:
     """Every tensor, in half precision, with configuration, schedule and card."""
-    adapter = motion.new_adapter()
+    adapter = motion.new_adapter(architecture.UNET_WIDTHS)
     write_adapter(tmp_path, adapter.state_dict(), adapter.config, 7)
     loaded = load_adapter(str(tmp_path)).state_dict()
     assert loaded.keys() == adapter.state_dict().keys()

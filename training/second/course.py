@@ -120,7 +120,7 @@ CPU_INNER = Course(
     stages=(
         Stage("told", (square(16),), 109_000, 64, (1.6e-3, 1e-3), 4_096, 0.3, 2.0, 0.6, pairs=0.12, told=1),
         Stage("16", (square(16),), 40_000, 64, (1e-3, 8e-4), 4_096, 0.3, 2.0, 0.6, pairs=0.12, told=0.3),
-        Stage("sizes", INNER_ASPECTS, 50_000, 96, (1e-3, 5e-4), 4_096, 0.3, 2.0, 0.6, pairs=0.15, told=0.5),
+        Stage("sizes", INNER_ASPECTS, 100_000, 96, (1e-3, 5e-4), 4_096, 0.3, 2.0, 0.6, pairs=0.15, told=0.5),
     ),
     reader_pace=0.2,
     muon=2.5,
