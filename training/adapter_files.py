@@ -6,6 +6,7 @@ Knows names, metadata and the card beside the files. Does not know how factors a
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def write_lora(path: Path, factors: Factors, card: Card, alpha: float, steps: in
     return size
 
 
-def write_card(folder: Path, rank: int) -> None:
+def write_card(folder: Path, rank: int, cards: Mapping[str, Card] = CARDS) -> None:
     """The README beside the files."""
-    rows = "\n".join(f"| `{name}.safetensors` | {card.trigger} | {card.description} |" for name, card in CARDS.items())
+    rows = "\n".join(f"| `{name}.safetensors` | {card.trigger} | {card.description} |" for name, card in cards.items())
     (folder / "README.md").write_text(README.format(rows=rows, rank=rank))

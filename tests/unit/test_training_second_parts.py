@@ -34,6 +34,7 @@ from training.second import (
     model_card,
     questions,
     refiner,
+    ship,
     tables,
 )
 from training.second.course import COURSES, TINY
@@ -71,6 +72,36 @@ def test_the_engine_takes_the_exported_base_and_refiner_as_a_pair(
     engine = Engine.load(str(tmp_path / "base"), refiner=str(tmp_path / "refiner"), dtype="float32", device="cpu")
     asked = GenerationRequest("a fox", width=64, height=64, num_inference_steps=2, refine="expert_ensemble_refiner")
     assert [e.image.size for e in engine.generate(asked) if isinstance(e, ImageReady)] == [(64, 64)]
+
+
+@pytest.mark.usefixtures("known")
+def test_what_ships_is_the_export_without_what_the_refiner_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base, refiner, LoRAs and cards replace the old folder whole, and the motion adapter stays; or nothing changes."""
+    target, made = tmp_path / "builtin", tmp_path / "export"
+    torch.manual_seed(0)
+    export.write(Painter(TINY), small_vae(), made / "base")  # type: ignore[arg-type]
+    export.write(refiner.Refiner(TINY.widths), small_vae(), made / "refiner", whole=False)  # type: ignore[arg-type]
+    (target / "motion").mkdir(parents=True)
+    (target / "motion" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError):
+        ship.ship(made, target)
+    assert [path.name for path in target.iterdir()] == ["motion"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"builtin", "export"} and not list(tmp_path.glob("tmp*"))
+    factors = few_steps.factors_of(student := few_steps.Student(Painter(TINY)), checkpoint.Average(student, 0.9).module)
+    for name in export.LORAS:
+        write_lora(made / "loras" / f"{name}.safetensors", factors, few_steps.CARD, ALPHA, 1)
+    size = ship.ship(made, target)
+    assert size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) < export.LIMIT_BYTES
+    assert {path.name for path in (target / "refiner").iterdir()} == {"unet", "scheduler", "model_index.json"}
+    assert find_model(str(target)).kind == "base" and (target / "motion" / "config.json").exists()
+    assert "few-steps.safetensors" in (target / "loras" / "README.md").read_text()
+    assert "motorcycle" in (target / "README.md").read_text()
+    monkeypatch.setattr(ship, "LIMIT_BYTES", size - 1)
+    with pytest.raises(ValueError, match="more than"):
+        ship.ship(made, target)
+    assert (target / "README.md").exists()
 
 
 def test_wear_grows_with_the_noise_and_leaves_some_pictures_whole() -> None:
