@@ -88,7 +88,7 @@ def test_what_ships_is_the_export_without_what_the_refiner_shares(
     with pytest.raises(FileNotFoundError):
         ship.ship(made, target)
     assert [path.name for path in target.iterdir()] == ["motion"]
-    assert {path.name for path in tmp_path.iterdir()} >= {"builtin", "export"} and not list(tmp_path.glob("tmp*"))
+    assert not list(tmp_path.glob("tmp*"))
     factors = few_steps.factors_of(student := few_steps.Student(Painter(TINY)), checkpoint.Average(student, 0.9).module)
     for name in export.LORAS:
         write_lora(made / "loras" / f"{name}.safetensors", factors, few_steps.CARD, ALPHA, 1)
