@@ -98,7 +98,7 @@ def test_what_ships_is_the_export_without_what_the_refiner_shares(
     assert find_model(str(target)).kind == "base" and (target / "motion" / "config.json").exists()
     assert "few-steps.safetensors" in (target / "loras" / "README.md").read_text()
     assert "motorcycle" in (target / "README.md").read_text()
-    monkeypatch.setattr(ship, "LIMIT_BYTES", size - 1)
+    monkeypatch.setattr(export, "LIMIT_BYTES", size - 1)
     with pytest.raises(ValueError, match="more than"):
         ship.ship(made, target)
     assert (target / "README.md").exists()

@@ -86,10 +86,20 @@ def write(made: Painter, vae: AutoencoderKL, target: Path, whole: bool = True) -
         index = json.loads((fresh / "model_index.json").read_text()) | {"requires_aesthetics_score": True}
         (fresh / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     settle_folder(fresh, whole)
-    size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
+    size = weighed(fresh)
+    swap(fresh, target)
+    return size
+
+
+def weighed(folder: Path) -> int:
+    """The bytes of all files in a folder.
+
+    Raises:
+        ValueError: They are more than may ship.
+    """
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LIMIT_BYTES:
         raise ValueError(f"the exported model has {size} bytes, more than {LIMIT_BYTES}")
-    swap(fresh, target)
     return size
 
 

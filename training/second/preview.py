@@ -95,10 +95,12 @@ def sheet(pictures: list[Image.Image], columns: int = 8, side: int = 192) -> Ima
     return made
 
 
-def draw(made: Painter, vae: AutoencoderKL, target: Path, height: int, width: int, steps: int = 20) -> None:
-    """The sheet of ``PROMPTS`` as a file."""
+def draw(
+    made: Painter, vae: AutoencoderKL, target: Path, height: int, width: int, steps: int = 20, within: int = 1
+) -> None:
+    """The sheet of ``PROMPTS`` as a file; ``within`` is the course's."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    sheet(decoded(vae, sample(made, list(PROMPTS), height, width, steps))).save(target)
+    sheet(decoded(vae, sample(made, list(PROMPTS), height, width, steps, within=within))).save(target)
 
 
 if __name__ == "__main__":
@@ -110,6 +112,7 @@ if __name__ == "__main__":
     asked.add_argument("--device", default=None)
     chosen = asked.parse_args()
     where = machine.device(chosen.device)
-    weights = painter(BASES[chosen.course]).to(where)
-    draw(weights, autoencoder.settled().to(where), chosen.target, chosen.side, chosen.side, chosen.steps)
+    course = BASES[chosen.course]
+    weights, decoder = painter(course).to(where), autoencoder.settled().to(where)
+    draw(weights, decoder, chosen.target, chosen.side, chosen.side, chosen.steps, course.within)
     print(chosen.target)

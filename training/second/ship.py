@@ -15,7 +15,7 @@ from training import adapter_files, card
 from training.adapters import RANK
 from training.export import swap
 from training.places import BUILTIN
-from training.second.export import LIMIT_BYTES, LORAS
+from training.second.export import LORAS, weighed
 from training.second.few_steps import CARD as FEW_STEPS
 from training.second.places import SECOND
 from training.second.subjects import COLOURS, LANDS, SKIES, subjects
@@ -62,9 +62,7 @@ def ship(made: Path, target: Path = BUILTIN) -> int:
             shutil.copytree(target / "motion", fresh / "motion")
         for path in (fresh, *fresh.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
-        if size > LIMIT_BYTES:
-            raise ValueError(f"all that would ship has {size} bytes, more than {LIMIT_BYTES}")
+        size = weighed(fresh)
         swap(fresh, target)
     return size
 
