@@ -114,7 +114,11 @@ def write_lora(path: Path, factors: Factors, card: Card, alpha: float, steps: in
     return size
 
 
-def write_card(folder: Path, rank: int, cards: Mapping[str, Card] = CARDS) -> None:
+def rows(cards: Mapping[str, Card]) -> str:
+    """The table of a README beside the files, without its head."""
+    return "\n".join(f"| `{name}.safetensors` | {card.trigger} | {card.description} |" for name, card in cards.items())
+
+
+def write_card(folder: Path, rank: int) -> None:
     """The README beside the files."""
-    rows = "\n".join(f"| `{name}.safetensors` | {card.trigger} | {card.description} |" for name, card in cards.items())
-    (folder / "README.md").write_text(README.format(rows=rows, rank=rank))
+    (folder / "README.md").write_text(README.format(rows=rows(CARDS), rank=rank))

@@ -135,7 +135,7 @@ CPU = Course(
     cast=ALL,
     stages=(
         Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
-        Stage("64", (square(64),), 24_000, 24, (8e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
+        Stage("64", (square(64),), 60_000, 24, (8e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
         Stage("mixed", ASPECTS, 12_000, 12, (4e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
     ),
     reader_pace=0.2,
@@ -146,7 +146,7 @@ CPU = Course(
 
 GPU_INNER = Course(
     name="gpu-inner",
-    widths=(32, 96, 144),
+    widths=(32, 64, 128),
     cast=ALL,
     stages=(
         Stage("16", (square(16),), 30, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.6, 0.125, pairs=0.2, told=1),

@@ -50,12 +50,16 @@ def grow(unet: UNet2DConditionModel, inner: UNet2DConditionModel) -> None:
     levels = len(unet.down_blocks) - len(inner.down_blocks)
     if levels != 2 or inner.conv_in.kernel_size != (1, 1):
         raise ValueError("the grown network must have two levels more, and the inner one a first convolution of 1x1")
+    found = unet.state_dict()
     start_unet(unet)
     for name, module in unet.named_modules():
         if name.endswith("proj_out") and isinstance(module, nn.Linear):
             module.weight.zero_()
             module.bias.zero_()
-    unet.load_state_dict(renamed(inner, levels), strict=False)
+    known = renamed(inner, levels)
+    if any(name not in found or found[name].shape != weight.shape for name, weight in known.items()):
+        raise ValueError("the networks' inner levels are not alike")
+    unet.load_state_dict(known, strict=False)
     width, latents = unet.conv_in.out_channels, inner.conv_in.in_channels
     for block in unet.down_blocks[:levels]:
         soften(block, width)

@@ -304,7 +304,7 @@ class Run:
         """Begin a stage, if it is another than before; at the first that reads, the text encoders come taught."""
         stages = self.course.stages
         if self.course.grown_from:
-            inner = Painter(COURSES[self.course.grown_from]).unet
+            inner = architecture.unet(COURSES[self.course.grown_from].widths, architecture.WIDER, kernel=1)
             for parameter in growth.inner_part(self.painter.unet, inner):
                 parameter.requires_grad_(not stages[stage].outer)
         if stage != self.stage:
@@ -387,19 +387,28 @@ def carry_on(run: Run, seconds: float) -> list[float]:
         run.enter(index)
         losses += list(steps_of(run, clock))
     if team.rank == 0:
-        run.keep()
+        if run.step:  # one stopped before its first step has nothing that its base will not give again
+            run.keep()
         print(f"{course.name}: {run.step} steps, {run.samples} samples, {run.spent:.0f} s", flush=True)
     return losses
 
 
 def first_edition(folder: Path) -> UNet2DConditionModel:
-    """The first edition's UNet, kept in the cache from when it was still the one in the package."""
+    """The first edition's UNet, kept in the cache from when it was still the one in the package.
+
+    Raises:
+        ValueError: Another one was in the package by then.
+    """
     kept = folder / "first_edition"
     if not kept.exists():
         beside = kept.with_suffix(".part")
         shutil.copytree(BUILTIN_FOLDER / "unet", beside, dirs_exist_ok=True)
         beside.rename(kept)
     made: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(kept, dtype=torch.float32)
+    if tuple(made.config.block_out_channels) != architecture.UNET_WIDTHS:
+        raise ValueError(
+            f"{kept} is not the first edition's UNet: take src/impasto/models/builtin/unet from its commit"
+        )
     return made
 
 
@@ -442,9 +451,14 @@ def start(work: Callable[..., list[float]], planned: Course, chosen: argparse.Na
         work(alone(), planned, SECOND, chosen.seconds, chosen.device, chosen.workers, *further)
 
 
+def followed_by(suffix: str) -> list[str]:
+    """The base courses that have such a course after them."""
+    return [name for name in BASES if f"{name}-{suffix}" in COURSES]
+
+
 def based_on(suffix: str, work: Callable[..., list[float]], about: str | None) -> None:
     """Start the course that follows a base model's, from the command line: ``base`` names the base's."""
-    chosen = options(about, BASES).parse_args()
+    chosen = options(about, followed_by(suffix)).parse_args()
     start(work, COURSES[f"{chosen.course}-{suffix}"], chosen)
 
 

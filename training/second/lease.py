@@ -28,7 +28,7 @@ from training.second import autoencoder, few_steps, judge, learn, machine, previ
 from training.second.course import COURSES, Course
 from training.second.places import SECOND
 from training.second.vocabulary import vocabulary
-from training.team import alone, heed
+from training.team import alone, asked_to_stop, heed
 
 LUGGAGE = CACHE.parent / "gpu"
 NEEDED = ("art.zip", "vocabulary.json", "reading.pt", "told.pt", "vae.pt")
@@ -118,7 +118,7 @@ def run(lease: Lease, minutes: float, whole: float) -> None:
     for name, (share, work) in PHASES.items():
         ledger = spent(lease.folder)
         left = min(60 * whole * share - ledger[name], ends - time.monotonic())
-        if left <= 1:
+        if left <= 1 or asked_to_stop():
             continue
         print(f"== {name}: {left:.0f} s", flush=True)
         began = time.monotonic()
@@ -132,12 +132,12 @@ def run(lease: Lease, minutes: float, whole: float) -> None:
 
 
 def pictures(lease: Lease) -> None:
-    """The sheet of pictures, from the averaged weights, at 256 and 512 px."""
+    """The sheet of pictures, from the averaged weights, at 512 and 1024 px."""
     if not (lease.folder / f"{lease.base.name}.pt").exists():
         return
     place = machine.device(lease.device)
     made, vae = learn.painter(lease.base, lease.folder).to(place), autoencoder.settled().to(place)
-    for side in (32, 64) if place.type == "cuda" else (8,):
+    for side in (64, 128) if place.type == "cuda" else (8,):
         preview.draw(made, vae, lease.out / f"preview-{8 * side}.png", side, side, 20 if place.type == "cuda" else 2)
 
 

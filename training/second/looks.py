@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from training.adapter_files import CARDS
 from training.second import learn, machine
 from training.second.art import Art
-from training.second.course import BASES, COURSES, Course
+from training.second.course import COURSES, Course
 from training.second.few_steps import FactorRun, Student
 from training.second.learn import Given
 from training.second.places import SECOND
@@ -109,7 +109,7 @@ def train(
 
 
 if __name__ == "__main__":
-    asked = learn.options(__doc__, BASES)
+    asked = learn.options(__doc__, learn.followed_by("pixel-art"))
     asked.add_argument("look", choices=sorted(LOOKS))
     chosen: argparse.Namespace = asked.parse_args()
     learn.start(train, COURSES[f"{chosen.course}-{chosen.look}"], chosen)

@@ -106,7 +106,7 @@ def draw(
 if __name__ == "__main__":
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("course", choices=sorted(BASES))
-    asked.add_argument("--side", type=int, default=16, help="of the latents")
+    asked.add_argument("--side", type=int, default=0, help="of the latents; by default those of a 512 px picture")
     asked.add_argument("--steps", type=int, default=20)
     asked.add_argument("--target", type=Path, default=SECOND / "preview.png")
     asked.add_argument("--device", default=None)
@@ -114,5 +114,6 @@ if __name__ == "__main__":
     where = machine.device(chosen.device)
     course = BASES[chosen.course]
     weights, decoder = painter(course).to(where), autoencoder.settled().to(where)
-    draw(weights, decoder, chosen.target, chosen.side, chosen.side, chosen.steps, course.within)
+    side = chosen.side or 64 // course.within
+    draw(weights, decoder, chosen.target, side, side, chosen.steps, course.within)
     print(chosen.target)

@@ -11,7 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from training import adapter_files, card
+from training import card
+from training.adapter_files import CARDS, rows
 from training.adapters import RANK
 from training.export import swap
 from training.places import BUILTIN
@@ -33,11 +34,28 @@ object of the list or a blend.
 - Plain backgrounds: {colours}. Sceneries: {lands}, by {skies}, with or without mountains.
 - Three styles: soft 3d gradients, `flat icon of ...`, `black and white drawing of ...`.
 - Prompts like `a red fox on a blue background`, `a cat next to a mushroom`, `a motorcycle in the desert at sunset`.
-- Sizes from 512x512 to 1536x1536 px. A guidance scale of 4 to 5 and 20 to 30 steps suit it.
+- Trained at sizes from 512x512 to 1024x1024 px; up to 1536 only what is where was. A guidance scale of 4 to 5 and 20 to
+  30 steps suit it.
 - `refiner/` is its refiner, `loras/` holds LoRAs for it, `motion/` layers that let pictures move.
 
 `training/second/` in the repository holds the whole recipe, `docs/model-card.md` what was measured, `NOTICE` the
 licences.
+"""
+
+LORAS_README = """# LoRAs for the built-in model
+
+| file | trigger words | what it does |
+|---|---|---|
+{rows}
+
+In a request: `"loras": [{{"path": "pixel-art", "scale": 1}}]`. At scale 0 nothing changes and 1 is what was learned.
+The trigger words may be left out: the file alone does it. They fit the built-in model only, and teach it no new
+subjects.
+
+Each is a LoRA of rank {rank} over the linear layers of the UNet's attention blocks and the convolutions of its residual
+blocks, with kohya's names (`lora_unet_input_blocks_4_1_...`), in float16. They carry the same licences as the model:
+Impasto's (Apache-2.0), and for the drawings MIT, Copyright (c) Microsoft Corporation (`../NOTICE`).
+`training.second.looks` and `training.second.few_steps` make them again.
 """
 
 
@@ -76,7 +94,9 @@ def gather(made: Path, fresh: Path) -> None:
     (fresh / "loras").mkdir()
     for name in LORAS:
         shutil.copy(made / "loras" / f"{name}.safetensors", fresh / "loras")
-    adapter_files.write_card(fresh / "loras", RANK, adapter_files.CARDS | {"few-steps": FEW_STEPS})
+    (fresh / "loras" / "README.md").write_text(
+        LORAS_README.format(rows=rows(CARDS | {"few-steps": FEW_STEPS}), rank=RANK)
+    )
     (fresh / "README.md").write_text(readme())
     (fresh / "NOTICE").write_text(card.NOTICE)
 
