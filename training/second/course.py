@@ -131,7 +131,7 @@ CPU_INNER = Course(
 
 CPU = Course(
     name="cpu",
-    widths=(32, *CPU_INNER.widths[:1], *CPU_INNER.widths),
+    widths=(32, 32, *CPU_INNER.widths),
     cast=ALL,
     stages=(
         Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
@@ -146,7 +146,7 @@ CPU = Course(
 
 GPU_INNER = Course(
     name="gpu-inner",
-    widths=(32, 64, 128),
+    widths=CPU_INNER.widths,
     cast=ALL,
     stages=(
         Stage("16", (square(16),), 30, 1536, (2.0e-3, 1.4e-3), 65_536, 0.3, 2.0, 0.6, 0.125, pairs=0.2, told=1),

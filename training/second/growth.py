@@ -13,16 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from training.linear_start import carry, soften, start_unet
+from training.linear_start import carry, half, soften, start_unet
 
 ENDS = ("conv_in.", "conv_norm_out.", "conv_out.")  # the inner network's, which the outer levels stand in for
-
-
-def halving() -> Tensor:
-    """The mean of a 2x2 patch, for a UNet's strided convolution (padded on all sides)."""
-    kernel = torch.zeros(3, 3)
-    kernel[1:, 1:] = 0.25
-    return kernel
 
 
 def renamed(inner: UNet2DConditionModel, levels: int) -> dict[str, Tensor]:
@@ -64,12 +57,13 @@ def grow(unet: UNet2DConditionModel, inner: UNet2DConditionModel) -> None:
     for block in unet.down_blocks[:levels]:
         soften(block, width)
     outer, last = (block.downsamplers[0].conv for block in unet.down_blocks[:levels])
-    carry(outer, width, halving())
+    mean = half().flip(0, 1)  # a UNet pads on all sides, so that the patch begins in the middle
+    carry(outer, width, mean)
     last.weight.zero_()
     last.bias.copy_(inner.conv_in.bias)
     of = width // unet.conv_norm_out.num_groups  # ``start_unet`` has each latent in the first channel of a group
     for latent in range(latents):
-        last.weight[:, of * latent] = inner.conv_in.weight[:, latent] * halving()
+        last.weight[:, of * latent] = inner.conv_in.weight[:, latent] * mean
 
 
 def inner_part(unet: UNet2DConditionModel, inner: UNet2DConditionModel) -> list[nn.Parameter]:

@@ -47,12 +47,17 @@ APART = 1 << 30  # between the seeds of the noise to be told and of any other of
 WORN = 0.5  # the strongest noise on what is set down, so that the UNet learns to do with less
 
 
+def network(course: Course) -> UNet2DConditionModel:
+    """A course's UNet, its weights by lot; one that will be inner levels looks at one latent at a time first."""
+    return architecture.unet(course.widths, architecture.WIDER, kernel=1 if course.within > 1 else 3)
+
+
 class Painter(nn.Module):
     """UNet and text encoders as one module, in the compact vocabulary."""
 
     def __init__(self, course: Course) -> None:
         super().__init__()
-        self.unet = architecture.unet(course.widths, architecture.WIDER, kernel=1 if course.within > 1 else 3)
+        self.unet = network(course)
         self.reader = Reader()
 
     def forward(self, noisy: Tensor, levels: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
@@ -176,6 +181,12 @@ class Run:
     def told(self) -> cells.Told:
         """What text should tell; a run that leaves the text encoders alone never asks."""
         return cells.told(self.art, self.folder / cells.TABLE.name)
+
+    @cached_property
+    def inner(self) -> list[nn.Parameter]:
+        """What the UNet has from the one that it grew around."""
+        around = self.course.grown_from
+        return growth.inner_part(self.painter.unet, network(COURSES[around])) if around else []
 
     def beginner(self) -> Painter:
         """The network before its first step."""
@@ -303,10 +314,8 @@ class Run:
     def enter(self, stage: int) -> None:
         """Begin a stage, if it is another than before; at the first that reads, the text encoders come taught."""
         stages = self.course.stages
-        if self.course.grown_from:
-            inner = architecture.unet(COURSES[self.course.grown_from].widths, architecture.WIDER, kernel=1)
-            for parameter in growth.inner_part(self.painter.unet, inner):
-                parameter.requires_grad_(not stages[stage].outer)
+        for parameter in self.inner:
+            parameter.requires_grad_(not stages[stage].outer)
         if stage != self.stage:
             if self.team.rank == 0:
                 self.keep()
