@@ -35,7 +35,9 @@ _HALF: Final = re.compile(
 # A text of the header, and how long it is where its length no longer counts as names. One that never ends goes on to
 # the end, so that no byte is looked at twice.
 _TEXT: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-_LONG_TEXT: Final = 1024  # bytes
+_LONG_TEXT: Final = 1024  # letters
+# All that counts as names, up to the next long text, in one step: there can be a million of them.
+_NAMES: Final = re.compile(rb'(?:[^"]++|"(?:[^"\\]|\\.){0,%d}+")*+' % (_LONG_TEXT - 1), re.DOTALL)
 _KEPT_TEXT: Final = 2**20  # bytes of a text that are read
 _KEPT_TEXTS: Final = 8  # of that length
 # As much of a text as is whole letters; two escapes can be one.
@@ -173,20 +175,26 @@ def _without_long_texts(raw: bytes, field: str, most: int) -> bytes:
     if len(raw) <= most:
         return raw
     kept: list[bytes] = []
-    done = texts = 0
-    for match in _TEXT.finditer(raw):
-        start, end = match.span()
-        texts += end - start if end - start >= _LONG_TEXT else 0
-        if end - texts > most:
-            break
-        if end - start > _KEPT_TEXT:
+    done = end = names = 0
+    while end < len(raw) and names <= most:
+        start = _end(_NAMES, raw, end, end + most + 1)
+        names += start - end
+        end = _end(_TEXT, raw, start)
+        if end - start < _LONG_TEXT:  # cut short by what was left to look at
+            names += end - start
+        elif end - start > _KEPT_TEXT:
             kept += [raw[done:start], _cut(raw[start : start + _KEPT_TEXT]), b'"']
             done = end
     whole = b"".join([*kept, raw[done:]])
-    if len(raw) - texts > most or len(whole) > most + _KEPT_TEXTS * _KEPT_TEXT:
+    if names > most or len(whole) > most + _KEPT_TEXTS * _KEPT_TEXT:
         what = f"{most / 2**20:.3g} MiB of names and short notes, or {_KEPT_TEXTS} MiB of long texts"
         raise LoraError(field, f"has a header with more than {what}; strip its metadata")
     return whole
+
+
+def _end(pattern: re.Pattern[bytes], raw: bytes, start: int, stop: int | None = None) -> int:
+    found = pattern.match(raw, start, len(raw) if stop is None else stop)
+    return found.end() if found else start
 
 
 def _cut(text: bytes) -> bytes:
@@ -209,6 +217,8 @@ class _TwiceError(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if not pairs:  # there can be a million of these
+        return {}
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
