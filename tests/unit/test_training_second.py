@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from training import architecture, checkpoint, words
 from training.arithmetic import CPU as CPU_DEVICE
 from training.arithmetic import short
 from training.places import BUILTIN
-from training.second import art, autoencoder, cells, course, growth, learn, plans, reading, reservoir, scene, tables
+from training.second import art, autoencoder, cells, growth, learn, plans, reading, reservoir, scene, tables
 from training.second import vocabulary as vocabulary_module
 from training.second.art import LEVELS, Art
 from training.second.captions import STYLE_BEFORE, caption
 from training.second.course import CPU, GPU, TINY_GROWN, TINY_INNER, Course, Size, Stage
 from training.second.render import render
-from training.second.scene import Frame, Ground, Scene, Thing, draw, held_out
+from training.second.scene import CORE, Frame, Ground, Scene, Thing, draw, held_out
 from training.second.subjects import COLOURS, LANDS, SKIES, STYLES, subjects
 from training.second.vocabulary import spelled, vocabulary
 from training.subjects import BACKGROUNDS
@@ -79,7 +80,7 @@ def test_there_are_several_hundred_subjects_each_with_one_name_and_three_drawing
     assert len(table) >= 300 and all(subject.code for subject in table)
     said = [word for subject in table for word in {subject.name, *subject.synonyms}]
     assert len(said) == len(set(said))
-    assert {"motorcycle", "cactus", "mountain"} <= {subject.name for subject in table[: course.CORE]}
+    assert {"motorcycle", "cactus", "mountain"} <= {subject.name for subject in table[:CORE]}
 
 
 def test_every_caption_is_in_the_vocabulary_and_read_as_clip_reads_it(known: vocabulary_module.Vocabulary) -> None:
@@ -176,7 +177,7 @@ def small_vae() -> torch.nn.Module:
 
 def test_a_store_holds_the_scenes_of_its_step_and_is_found_full_again(tmp_path: Path) -> None:
     """Scene n lies at n modulo the capacity; a torn place is found missing; another process finds what was written."""
-    material = reservoir.Material(8, 8, 8, 0.7, 0.2, seed=3)
+    material = reservoir.Material(8, 8, 8, 0.7, 0.2, 0.0, seed=3)
     store = reservoir.Reservoir(material, 6, red_squares(), small_vae(), tmp_path)  # type: ignore[arg-type]
     assert store.missing(0) == list(range(6))
 
@@ -218,7 +219,7 @@ TINY = Course(
     widths=(32, 64, 128),
     cast=8,
     stages=(
-        Stage("a", (Size(8, 8),), 8, 2, (1e-3, 1e-4), 6, renewed=0.5, coarse=0.6, told=1, cast=16),
+        Stage("a", (Size(8, 8),), 8, 2, (1e-3, 1e-4), 6, renewed=0.5, coarse=0.6, told=1),
         Stage("b", (Size(8, 8), Size(8, 16)), 4, 2, (1e-3, 1e-4), 4, renewed=0.5, told=0.5),
     ),
 )
@@ -351,9 +352,11 @@ def test_what_is_set_down_does_not_tell_the_noise(known: vocabulary_module.Vocab
     assert torch.equal(again.cells, told.cells)  # as they were written down
 
 
-def test_a_stage_may_have_a_cast_of_its_own() -> None:
-    """Its pictures show more subjects than the course's."""
-    assert plans.material(TINY, 0, 0, 0).cast == 16 and plans.material(TINY, 1, 0, 0).cast == TINY.cast
+def test_the_core_of_the_table_may_come_more_often_than_the_rest() -> None:
+    """Its share is what a stage says, and the others still come."""
+    shown = replace(plans.material(CPU, 1, 0, 0), core=0.9)
+    subjects_shown = [thing.subject for number in range(300) for thing in shown.scene(number).things]
+    assert 0.85 < np.mean([subject < CORE for subject in subjects_shown]) < 0.99
 
 
 def test_short_arithmetic_is_used_where_the_processor_has_it() -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from training.second.subjects import subjects
 
 ALL = len(subjects())
-CORE = 181  # the first so many of the table: what people ask for first
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Stage:
     """One part of a course.
 
     ``noisy``, ``coarse`` and ``emphasis`` are those of ``training.batches`` and ``training.unet``; ``renewed`` is how
-    many scenes are drawn anew for each sample; ``plain`` and ``pairs`` are those of ``scene.draw``. ``told`` is the
+    many scenes are drawn anew for each sample; ``plain``, ``pairs`` and ``core`` are those of
+    ``scene.draw``. ``told`` is the
     share of samples whose text is set down (``cells``) and not read: at 1 no text encoder takes part.
     """
 
@@ -46,7 +46,7 @@ class Stage:
     pairs: float = 0.2
     top: int = 1000  # noise levels from here on up do not come
     told: float = 0.0
-    cast: int = 0  # how many subjects take part; none: the course's
+    core: float = 0.0
     outer: bool = False  # only the levels around the inner ones learn
 
     @property
@@ -135,8 +135,9 @@ CPU = Course(
     cast=ALL,
     stages=(
         Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
-        Stage("64", (square(64),), 60_000, 24, (8e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
-        Stage("mixed", ASPECTS, 12_000, 12, (4e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6),
+        Stage("64", (square(64),), 27_840, 24, (8e-4, 6.4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
+        Stage("core", (square(64),), 30_000, 24, (7e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6, core=0.85),
+        Stage("mixed", ASPECTS, 12_000, 12, (4e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6, core=0.85),
     ),
     reader_pace=0.2,
     muon=2.5,

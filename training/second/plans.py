@@ -46,7 +46,7 @@ def material(course: Course, stage: int, size: int, rank: int) -> Material:
     """What the reservoir of a stage's size holds; each process of a team has its own."""
     of = course.stages[stage]
     seed = 1000 * course.seed + 10 * stage + 100 * rank
-    return Material(of.sizes[size].height, of.sizes[size].width, of.cast or course.cast, of.plain, of.pairs, seed)
+    return Material(of.sizes[size].height, of.sizes[size].width, course.cast, of.plain, of.pairs, of.core, seed)
 
 
 def capacity(course: Course, stage: int, team: int) -> int:

@@ -37,12 +37,14 @@ class Material:
     cast: int
     plain: float
     pairs: float
+    core: float
     seed: int
 
     def scene(self, number: int) -> Scene:
         """The scene of a number."""
         rng = np.random.default_rng((self.seed, self.height, self.width, number))
-        return draw(rng, 8 * self.height, 8 * self.width, self.cast, plain=self.plain, pairs=self.pairs)
+        high, wide = 8 * self.height, 8 * self.width
+        return draw(rng, high, wide, self.cast, plain=self.plain, pairs=self.pairs, core=self.core)
 
 
 def first_at(step: int, renewed: float) -> int:

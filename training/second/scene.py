@@ -13,6 +13,7 @@ import numpy as np
 
 from training.second.subjects import COLOURS, LANDS, SKIES, STYLES
 
+CORE = 181  # the first so many of the table: what people ask for first
 HELD_OUT = 12  # one in so many combinations is never trained on
 NEAR = 0.03  # how far a thing may stray from its place, as a share of the shorter side
 PLACES = {
@@ -156,11 +157,19 @@ def two(rng: np.random.Generator, first: int, second: int) -> tuple[tuple[Thing,
     return (Thing(first, size, left, level), Thing(second, other, right, level)), "beside"
 
 
-def things(rng: np.random.Generator, cast: int, scenic: bool, pairs: float) -> tuple[tuple[Thing, ...], str]:
+def cast_by_lot(rng: np.random.Generator, cast: int, core: float) -> int:
+    """A subject: one of the core with that share, else any of those that take part."""
+    among = min(CORE, cast) if core and rng.random() < core else cast
+    return int(rng.integers(among))
+
+
+def things(
+    rng: np.random.Generator, cast: int, core: float, scenic: bool, pairs: float
+) -> tuple[tuple[Thing, ...], str]:
     """The objects of a picture and what is out of the ordinary about them."""
-    kind, subject = rng.random(), int(rng.integers(cast))
+    kind, subject = rng.random(), cast_by_lot(rng, cast, core)
     if kind < pairs:
-        other = int(rng.integers(cast)) if rng.random() < 0.7 else subject
+        other = cast_by_lot(rng, cast, core) if rng.random() < 0.7 else subject
         return two(rng, subject, other)
     if kind < 1.12 * pairs:
         row = 0.5 + near(rng)
@@ -174,7 +183,7 @@ def things(rng: np.random.Generator, cast: int, scenic: bool, pairs: float) -> t
 
 def draw(
     rng: np.random.Generator, height: int, width: int, cast: int, styles: int = len(STYLES),
-    plain: float = 0.7, pairs: float = 0.2, kept_out: bool = False,
+    plain: float = 0.7, pairs: float = 0.2, core: float = 0.0, kept_out: bool = False,
 ) -> Scene:  # fmt: skip
     """A scene by lot; with ``kept_out`` one of those that training never sees, else never one of those.
 
@@ -184,10 +193,11 @@ def draw(
         styles: How many styles take part.
         plain: Share of plain backgrounds.
         pairs: Share of pictures with two objects; a tenth as many have three.
+        core: Share of the subjects that are by lot among the table's first ``CORE``, the others among all.
     """
     while True:
         behind = ground(rng, plain)
-        objects, said = things(rng, cast, not behind.plain, pairs)
+        objects, said = things(rng, cast, core, not behind.plain, pairs)
         style = int(rng.choice(styles, p=(np.array((0.5, 0.3, 0.2))[:styles] / sum((0.5, 0.3, 0.2)[:styles]))))
         made = Scene(objects, style, behind, frame(rng, height, width), said)
         if held_out(made) == kept_out:
