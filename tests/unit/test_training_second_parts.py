@@ -245,8 +245,9 @@ def test_seam_grain_and_squares_tell_flaws_from_their_absence() -> None:
 def test_the_evaluation_asks_only_for_what_training_leaves_out() -> None:
     """Every question of every kind; each prompt names what its scene shows."""
     names = [subject.name for subject in subjects()[:20]]
-    asked = questions.questions(names, 20)
-    assert len(asked) == 20 * len(questions.KINDS) and len({question.seed for question in asked}) == len(asked)
+    rare = [subject.name for subject in subjects()[20:40]]
+    asked = questions.questions(names, 20, rare=rare)
+    assert len(asked) == 20 * len(questions.KINDS) + 7 and len({question.seed for question in asked}) == len(asked)
     for question in asked:
         assert held_out(question.scene)
         assert COLOURS[question.scene.ground.colour] in question.prompt
@@ -272,7 +273,8 @@ def test_the_card_tells_every_figure_of_the_report() -> None:
     """The table has a row for each kind and matter, with both controls, and the command that made it."""
     share = {"single": {"background": 0.97, "object": 0.85}}
     report = {
-        "edition": "second", "subjects": 3, "questions": 5, "size": 512, "steps": 20, "guidance": 5.0,
+        "edition": "second", "subjects": 3, "rare_subjects": 4, "count": 5, "questions": 27,
+        "size": 512, "steps": 20, "guidance": 5.0,
         "judge_on_composed_pictures": 0.961, "generated": share, "composed": share,
         "shuffled": {"single": {"background": 0.11, "object": 0.01}},
         "nearest_training_picture": {"generated": 0.05, "unseen_real": 0.04},
@@ -280,7 +282,7 @@ def test_the_card_tells_every_figure_of_the_report() -> None:
     }  # fmt: skip
     text = model_card.text(report)
     assert "| single | object | 85% | 85% | 1% |" in text and "96.1%" in text
-    assert "python -m training.second.evaluate --edition second --count 5" in text
+    assert "python -m training.second.evaluate --edition second --count 5" in text and "of 4 more" in text
 
 
 def test_a_picture_without_an_object_has_none() -> None:

@@ -30,9 +30,9 @@ from training.second.judge import trained as trained_judge
 from training.second.measures import Pixels
 from training.second.places import SECOND
 from training.second.preview import sheet
-from training.second.questions import Question, questions
+from training.second.questions import RARE, Question, questions
 from training.second.render import render
-from training.second.scene import Frame, Ground, Scene, Thing, held_out
+from training.second.scene import CORE, Frame, Ground, Scene, Thing, held_out
 from training.second.subjects import COLOURS, STYLES, subjects
 from training.second.tables import tabulate
 from training.subjects import CAST, SUBJECTS
@@ -97,7 +97,7 @@ def right(question: Question, seen: Seen) -> dict[str, bool]:
     }
     if question.kind in ("two alike", "pair"):
         answers["count"] = len(seen.places) == len(wanted)
-    if question.kind == "single":
+    if question.kind in ("single", RARE):
         answers["count"] = len(seen.places) == 1
     if question.kind == "place":
         answers["place"] = seen.places[:1] == (question.prompt.split(" on the ")[1].split()[0],)
@@ -153,10 +153,10 @@ def copies(
 
 
 def evaluate(
-    hand: Hand, eye: Eye, names: Sequence[str], count: int, more: dict[str, Any]
+    hand: Hand, eye: Eye, names: Sequence[str], count: int, more: dict[str, Any], rare: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Image.Image]:
     """All figures, and a sheet of the first pictures of each kind."""
-    drawings, asked = art.load(), questions(names, count)
+    drawings, asked = art.load(), questions(names, count, rare=rare)
     began, pictures = time.monotonic(), []
     for question in asked:
         pictures.append(hand.draw(question.prompt, question.seed))
@@ -168,8 +168,9 @@ def evaluate(
     seen = [look(picture, eye, several(q)) for q, picture in zip(asked, pictures, strict=True)]
     real = [look(composed(q.scene, drawings), eye, several(q)) for q in asked]
     report = {
-        "subjects": len(names), "questions": len(asked), "size": hand.size, "steps": hand.steps,
-        "guidance": hand.guidance, "seconds_per_picture": round(spent / len(asked), 2),
+        "subjects": len(names), "rare_subjects": len(rare), "count": count, "questions": len(asked),
+        "size": hand.size, "steps": hand.steps, "guidance": hand.guidance,
+        "seconds_per_picture": round(spent / len(asked), 2),
         "judge_on_composed_pictures": round(eye.accuracy, 4),
         "generated": tally(asked, seen), "composed": tally(asked, real), "shuffled": tally(asked, seen, SHIFT),
         "nearest_training_picture": copies(asked, pictures, drawings),
@@ -188,7 +189,7 @@ def main() -> None:
     asked.add_argument("--few-steps", type=Path, default=None, help="the LoRA file")
     asked.add_argument("--loras", type=Path, default=BUILTIN / "loras")
     asked.add_argument("--edition", choices=("first", "second"), default="second", help="whose cast and judge")
-    asked.add_argument("--cast", type=int, default=len(subjects()), help="how many subjects of the table")
+    asked.add_argument("--cast", type=int, default=CORE, help="how many subjects of the table, the others are rare")
     asked.add_argument("--count", type=int, default=150, help="questions of each kind")
     asked.add_argument("--size", type=int, default=512)
     asked.add_argument("--steps", type=int, default=20)
@@ -200,10 +201,11 @@ def main() -> None:
     engine = Engine.load(chosen.model, refiner=chosen.refiner, dtype="float32", max_batch=1)
     hand = Hand(engine, chosen.size, chosen.steps, chosen.guidance)
     first = chosen.edition == "first"
-    names = CAST if first else [subject.name for subject in subjects()[: chosen.cast]]
+    table = [subject.name for subject in subjects()]
+    names, rare = (CAST, []) if first else (table[: chosen.cast], table[chosen.cast :])
     eye = first_eye() if first else Eye(*trained_judge(SECOND / "judge.pt"))
     more = {"loras": chosen.loras, "refined": chosen.refiner is not None, "few_steps": chosen.few_steps}
-    report, grid = evaluate(hand, eye, names, chosen.count, more)
+    report, grid = evaluate(hand, eye, names, chosen.count, more, rare)
     report = {"model": Path(chosen.model).name, "edition": chosen.edition} | report
     for path in (chosen.report, chosen.card, chosen.grid):
         path.parent.mkdir(parents=True, exist_ok=True)

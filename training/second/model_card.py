@@ -13,6 +13,7 @@ taught. All its plain combinations were trained on.""",
     "second": """This edition learned hundreds of subjects in three styles, one or
 more of them, on plain colours and in sceneries. The combinations below were kept from its training.""",
 }
+RARE = ", and of {} more that training shows less often (*rare*),"
 TEXT = """# Model card of the built-in model
 
 <!-- Written by training.second.evaluate; edit training/second/model_card.py instead. -->
@@ -25,9 +26,10 @@ tested. It is no substitute for SDXL's own weights: it knows emoji-like objects,
 
 ## Does it draw what it is asked for?
 
-{questions} pictures of {subjects} subjects at {size} px, {steps} steps, guidance {guidance:g}, seeds from 1,000,000;
-each share is of right answers. *Composed* is the same measure on pictures composed of the very drawings asked for: the
-most that could be had. *Shuffled* judges each picture by another question of its kind: what chance gives.
+{questions} pictures of {subjects} subjects{rare} at {size} px, {steps} steps, guidance {guidance:g}, seeds from
+1,000,000; each share is of right answers. *Composed* is the same measure on pictures composed of the very drawings
+asked for: the most that could be had. *Shuffled* judges each picture by another question of its kind: what chance
+gives.
 
 {table}
 
@@ -98,10 +100,11 @@ def features(found: dict[str, Any]) -> str:
 def text(report: dict[str, Any]) -> str:
     """The whole card."""
     near = report["nearest_training_picture"]
-    count = report["questions"] // max(1, len(report["generated"]))
+    count = report["count"]
     command = COMMAND.format(**{key: report[key] for key in ("edition", "size", "steps")}, count=count)
     return TEXT.format(
         edition=EDITIONS[report["edition"]],
+        rare=RARE.format(report["rare_subjects"]) if report["rare_subjects"] else "",
         **{key: report[key] for key in ("questions", "subjects", "size", "steps", "guidance")},
         table=table(report),
         judge=report["judge_on_composed_pictures"],

@@ -18,6 +18,7 @@ from training.second.subjects import COLOURS, STYLES, subjects
 FIRST_SEED = 1_000_000
 SIDES = (("left", 0.26, 0.5), ("right", 0.74, 0.5), ("top", 0.5, 0.26), ("bottom", 0.5, 0.74))
 KINDS = ("single", "style", "two alike", "pair", "place")
+RARE = "rare"  # single objects that training shows less often; a third as many
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ def unseen(rng: np.random.Generator, cast: Sequence[int], kind: str, subject: in
             return prompt, made
 
 
-def questions(names: Sequence[str], count: int, seed: int = 0) -> list[Question]:
-    """So many questions of each kind, over the named subjects in turn.
+def questions(names: Sequence[str], count: int, seed: int = 0, rare: Sequence[str] = ()) -> list[Question]:
+    """So many questions of each kind, over the named subjects in turn, and some singles of ``rare`` ones.
 
     Raises:
         ValueError: A name is not in the table.
     """
     table = [subject.name for subject in subjects()]
-    if unknown := [name for name in names if name not in table]:
+    if unknown := [name for name in (*names, *rare) if name not in table]:
         raise ValueError(f"not in the table of subjects: {', '.join(unknown)}")
     rng = np.random.default_rng((seed, 77))
     cast = [table.index(name) for name in names]
@@ -90,4 +91,7 @@ def questions(names: Sequence[str], count: int, seed: int = 0) -> list[Question]
         for subject in order[:count]:
             prompt, made = unseen(rng, cast, kind, subject)
             asked.append(Question(kind, prompt, made, FIRST_SEED + len(asked)))
+    for name in rng.permutation(rare)[: -(-count // 3)] if rare else ():
+        prompt, made = unseen(rng, cast, "single", table.index(name))
+        asked.append(Question(RARE, prompt, made, FIRST_SEED + len(asked)))
     return asked
