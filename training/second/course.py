@@ -136,8 +136,8 @@ CPU = Course(
     stages=(
         Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
         Stage("64", (square(64),), 27_840, 24, (8e-4, 6.4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
-        Stage("core", (square(64),), 30_000, 24, (7e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6, core=0.85),
-        Stage("mixed", ASPECTS, 12_000, 12, (4e-4, 1e-5), 512, noisy=0.5, emphasis=1.6, coarse=0.6, core=0.85),
+        Stage("core", (square(64),), 60_000, 24, (7e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6, core=0.85),
+        Stage("mixed", ASPECTS, 16_000, 20, (4e-4, 1e-5), 768, 0.5, 1.6, 0.6, renewed=0.125, core=0.85),
     ),
     reader_pace=0.2,
     muon=2.5,
@@ -227,7 +227,7 @@ def looking(base: Course, look: str, seed: int, batch: int, samples: int, capaci
 
 BASES = {course.name: course for course in (CPU_INNER, CPU, GPU_INNER, GPU, TINY, TINY_INNER, TINY_GROWN)}
 MORE = (
-    refining(CPU, 8, 24_000, 1_280),
+    refining(CPU, 8, 8_000, 1_280),
     refining(GPU, 256, 10, 8_192, minutes=3.0),
     refining(TINY, 1, 4, 20),
     distilling(CPU, 4, 4_000, 1_024),
