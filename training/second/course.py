@@ -136,7 +136,7 @@ CPU = Course(
     stages=(
         Stage("outer", (square(64),), 2_400, 24, (1e-3, 1e-3), 1_024, 0.3, 1.8, 0.6, told=1, outer=True),
         Stage("64", (square(64),), 27_840, 24, (8e-4, 6.4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6),
-        Stage("core", (square(64),), 23_040, 24, (7e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6, core=0.85),
+        Stage("core", (square(64),), 59_040, 24, (7e-4, 4e-4), 1_024, noisy=0.5, emphasis=1.8, coarse=0.6, core=0.85),
         Stage("mixed", ASPECTS, 12_000, 20, (4e-4, 1e-5), 768, 0.5, 1.6, 0.6, renewed=0.125, core=0.85),
     ),
     reader_pace=0.2,
