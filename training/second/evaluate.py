@@ -32,7 +32,7 @@ from training.second.places import SECOND
 from training.second.preview import sheet
 from training.second.questions import RARE, Question, questions
 from training.second.render import render
-from training.second.scene import CORE, Frame, Ground, Scene, Thing, held_out
+from training.second.scene import CORE, MIDDLE, NEAR, Frame, Ground, Scene, Thing, held_out
 from training.second.subjects import COLOURS, STYLES, subjects
 from training.second.tables import tabulate
 from training.subjects import CAST, SUBJECTS
@@ -143,7 +143,7 @@ def copies(
         thing = question.scene.things[0]
         known: list[Pixels] = []
         while len(known) < tries:
-            spot = Thing(thing.subject, rng.uniform(0.62, 0.86), *rng.uniform(0.47, 0.53, 2))
+            spot = Thing(thing.subject, rng.uniform(*MIDDLE), *(0.5 + rng.uniform(-NEAR, NEAR, 2)))
             made = Scene((spot,), 0, Ground(int(rng.integers(len(COLOURS)))), Frame(64, 64))
             if not held_out(made):
                 known.append(measures.thumbnail(composed(made, drawings)))
