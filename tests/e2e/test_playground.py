@@ -304,6 +304,30 @@ def test_a_wrong_key_is_told_at_the_key(fake, visit):
     expect(at.page.locator("#key-note")).to_have_text(f"…{at.key[-4:]}")
 
 
+def test_what_an_old_key_is_told_late_says_nothing_of_the_new_one(fake, visit):
+    """The list asked for with the wrong key is refused after the one of the right key has come."""
+    at = visit(fake, key=False, refusals=("401",))
+    at.page.get_by_label("Prompt", exact=True).fill("a boat")
+    late = []
+
+    def hold_back(route):
+        if at.key in route.request.headers.get("authorization", ""):
+            return route.continue_()
+        return late.append(route)
+
+    at.page.route("**/api/v3/predictions", hold_back)
+    for key in ("0" * 64, at.key):
+        with at.page.expect_request("**/api/v3/predictions"):
+            at.page.get_by_label("API key", exact=True).fill(key)
+            at.page.keyboard.press("Tab")
+    expect(at.page.locator("#gallery-note")).to_have_text(re.compile("Nothing yet|^$"))
+    with at.page.expect_response(lambda response: response.status == 401):
+        late[0].continue_()
+    at.page.evaluate("() => new Promise((done) => setTimeout(done, 200))")
+    expect(at.page.locator("#error-key")).to_be_hidden()
+    expect(at.page.locator("#gallery-note")).not_to_contain_text("not valid")
+
+
 def test_the_gallery_shows_and_reloads_and_deletes(fake, visit):
     """A work brings its settings and seed back, the same request makes the same picture; a second click deletes."""
     at = visit(fake)

@@ -7,11 +7,12 @@ export function useKey(value) {
   key = value;
 }
 
-/** A refusal, or no answer (`status` 0). `field` is the path of a wrong value, as an array, or null. */
+/** A refusal, or no answer (`status` 0), of what `key` signed. `field` is the path of a wrong value, as an array, or null. */
 export class ApiError extends Error {
-  constructor(status, message) {
+  constructor(status, message, signedWith) {
     super(message);
     this.status = status;
+    this.key = signedWith;
     const pointed = /Error at "\/([^"]*)": ([\s\S]*)/.exec(message);
     this.field = pointed ? pointed[1].split("/") : null;
     this.problem = pointed ? pointed[2] : message;
@@ -23,6 +24,7 @@ export const urlOf = (path) => new URL(path, document.baseURI).href;
 
 /** Send a signed request; return the response if it is a success. */
 export async function send(path, { method = "GET", body, signal, headers = {} } = {}) {
+  const signedWith = key; // there may be another one when the answer comes
   const signed = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
   if (body !== undefined) signed["Content-Type"] = "application/json";
   let response;
@@ -30,9 +32,9 @@ export async function send(path, { method = "GET", body, signal, headers = {} } 
     response = await fetch(urlOf(path), { method, headers: signed, signal, body: body && JSON.stringify(body), cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "The service cannot be reached.");
+    throw new ApiError(0, "The service cannot be reached.", signedWith);
   }
-  if (!response.ok) throw new ApiError(response.status, await messageOf(response));
+  if (!response.ok) throw new ApiError(response.status, await messageOf(response), signedWith);
   return response;
 }
 

@@ -11,22 +11,26 @@ const SURE_MS = 3000;
 export class Gallery {
   /** `open(prediction)` is called for a click on a work; `refused(error)` where the list cannot be read. */
   constructor({ open, refused }) {
-    Object.assign(this, { open, refused, page: 1, hasKey: false });
+    Object.assign(this, { open, refused, page: 1, hasKey: false, loads: 0 });
     at("reload").append(icon("reload"));
     at("reload").addEventListener("click", () => this.load());
     at("newer").addEventListener("click", () => this.load(this.page - 1));
     at("older").addEventListener("click", () => this.load(this.page + 1));
   }
 
+  /** Show a page; of several loads under way, say with an old key and a new one, the last one asked for counts. */
   async load(page = this.page) {
+    const load = ++this.loads;
     if (!this.hasKey) return this.show([], "With a key, everything it made shows up here.", 1, false);
     try {
       const list = await call("api/v3/predictions", { method: "POST", body: { page, page_size: PER_PAGE, include_inputs: true } });
+      if (load !== this.loads) return undefined;
       const older = list.has_more ?? page * PER_PAGE < (list.total ?? 0);
       if (!list.items.length && page > 1) return this.load(page - 1);
       return this.show(list.items, list.items.length ? "" : "Nothing yet: the first picture hangs here.", page, older);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
+      if (load !== this.loads) return undefined;
       this.show([], error.status === 401 ? "The key is not valid here." : error.message, 1, false);
       return error.status === 401 && this.refused(error);
     }

@@ -54,6 +54,11 @@ export class KeyField {
     if (!this.section.contains(document.activeElement)) this.section.open = false;
   }
 
+  /** Tell what an answer of 401 says, unless there is another key by now. */
+  refused({ key, problem }) {
+    if (key === this.value) this.fail(problem);
+  }
+
   fail(problem) {
     this.section.open = true;
     this.error.textContent = problem;

@@ -36,7 +36,7 @@ const runs = new Runs(stage, {
     gallery.load(1);
   },
 });
-const gallery = new Gallery({ open: openWork, refused: (error) => (error.status === 401 ? key.fail(error.problem) : alertOf(error.message)) });
+const gallery = new Gallery({ open: openWork, refused: (error) => (error.status === 401 ? key.refused(error) : alertOf(error.message)) });
 const key = new KeyField(() => reload());
 const former = recallJson("form"); // read before the form is shown, which writes it anew
 let models = [];
@@ -76,7 +76,7 @@ function setPrompt(text) {
 /** Show a refusal where it belongs: at the key, at its field, or above the button. */
 function refused(error) {
   if (error.status === 401) {
-    key.fail(error.problem);
+    key.refused(error);
     return key.focus();
   }
   if (!error.field || !form.fail(error.field, error.problem)) alertOf(error.problem);
