@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from training.second import (
     evaluate,
     export,
     few_steps,
+    gallery,
     judge,
     learn,
     lease,
@@ -375,3 +379,15 @@ def test_muon_steps_as_torch_s_does() -> None:
 def test_muon_refuses_kernels_it_cannot_see_as_matrices():
     with pytest.raises(ValueError, match="innermost"):
         MuonBesideAdamW(nn.Conv2d(8, 16, 3).parameters(), (), 1.0, 1.0)
+
+
+def test_the_gallery_draws_each_picture_by_the_line_that_its_page_names(tmp_path: Path) -> None:
+    """A picture comes from the command itself, and the page's lines are those commands, the documented one in full."""
+    shown = gallery.Shown("one", "a fox, isn't it", 5, ("--size", "512*512", "--steps", "1", "--model", "fake"))
+    assert shlex.split(shlex.join(shown.command)) == shown.command
+    assert gallery.draw(shown, tmp_path).size == (512, 512)
+    with pytest.raises(subprocess.CalledProcessError):
+        gallery.draw(replace(shown, options=("--size", "none")), tmp_path)
+    told = [line for line in gallery.page("grid.jpg", "one.jpg").splitlines() if line.startswith("impasto generate")]
+    assert [shlex.split(line) for line in told] == [one.command for one in (gallery.EXAMPLE, *gallery.GRID)]
+    assert len({one.name for one in gallery.GRID}) == len(gallery.GRID)
