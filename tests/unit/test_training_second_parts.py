@@ -21,7 +21,7 @@ from impasto.models.catalog import find_model
 from impasto.models.shapes import parameter_shapes
 from impasto.types import GenerationRequest, ImageReady
 from tests.unit.test_training_second import known, painted, plain, red_squares, small_vae  # noqa: F401
-from training import checkpoint
+from training import checkpoint, words
 from training.adapter_files import write_lora
 from training.adapters import ALPHA
 from training.second import (
@@ -49,6 +49,7 @@ from training.second.optimiser import Muon, MuonBesideAdamW
 from training.second.render import backdrops, render
 from training.second.scene import Frame, Ground, Scene, Thing, held_out
 from training.second.subjects import COLOURS, LANDS, SKIES, subjects
+from training.second.vocabulary import Vocabulary
 from training.team import alone
 
 WHITE, BLUE = COLOURS.index("white"), COLOURS.index("blue")
@@ -76,6 +77,23 @@ def test_the_engine_takes_the_exported_base_and_refiner_as_a_pair(
     engine = Engine.load(str(tmp_path / "base"), refiner=str(tmp_path / "refiner"), dtype="float32", device="cpu")
     asked = GenerationRequest("a fox", width=64, height=64, num_inference_steps=2, refine="expert_ensemble_refiner")
     assert [e.image.size for e in engine.generate(asked) if isinstance(e, ImageReady)] == [(64, 64)]
+
+
+def test_a_synonym_reads_as_its_word_and_any_other_as_one_that_changes_nothing(
+    known: Vocabulary,  # noqa: F811
+) -> None:
+    """A plural that no caption has is the thing itself; captions' own words keep what they learned."""
+    rows = torch.randn(len(known.used), 8, generator=torch.Generator().manual_seed(0))
+    full = export.full_rows(rows, known)
+    filler = rows[list(known.filler_rows)].mean(0)
+    first, rest = words.ids_of("cacti")
+    torch.testing.assert_close(full[first], rows[known.rows["cactus"][0]])
+    for ordinary in (rest, *words.ids_of("helmet")):
+        torch.testing.assert_close(full[ordinary], filler)
+    assert torch.equal(full[list(known.used)], rows)
+    for word, meant in export.SYNONYMS.items():
+        assert word not in known.rows and len(known.rows[meant]) == 1
+        assert words.ids_of(word)[0] not in known.used
 
 
 @pytest.mark.usefixtures("known")

@@ -24,17 +24,45 @@ from training.second.places import SECOND
 from training.second.reading import LAYERS, Reader
 from training.second.refiner import refiner
 from training.second.vocabulary import Vocabulary, vocabulary
-from training.words import tokenizers
+from training.words import ids_of, tokenizers
 
 LIMIT_BYTES = 80_000_000  # of everything that ships together
 LORAS = ("few-steps", "pixel-art", "line-art")
+SYNONYMS = {
+    "cacti": "cactus",
+    "dunes": "sand",
+    "dune": "sand",
+    "sands": "sand",
+    "hills": "mountains",
+    "hill": "mountain",
+    "peaks": "mountains",
+    "peak": "mountain",
+    "sundown": "sunset",
+    "nightfall": "night",
+    "midnight": "night",
+    "twilight": "dusk",
+    "seas": "sea",
+    "lawn": "grass",
+    "grassland": "meadow",
+    "wintry": "winter",
+    "enormous": "huge",
+    "giant": "huge",
+    "miniature": "tiny",
+    "beneath": "under",
+    "atop": "above",
+}  # words that no caption has, and the one that each is read as
 TOKENIZERS = (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
 
 
 def full_rows(rows: Tensor, known: Vocabulary) -> Tensor:
-    """An embedding table of CLIP's size from the compact one: a word never seen reads as one that changes nothing."""
+    """An embedding table of CLIP's size from the compact one: a word never seen reads as one that changes nothing.
+
+    ``SYNONYMS`` read as the words they stand for; of one with several tokens the first does, the others change nothing.
+    """
     filler = rows[list(known.filler_rows)].mean(0, keepdim=True)
     full = filler.repeat(architecture.VOCABULARY, 1)
+    for word, meant in SYNONYMS.items():
+        full[ids_of(word)[0]] = rows[known.rows[meant][0]]
     full[list(known.used)] = rows
     return full
 
